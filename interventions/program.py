@@ -1,0 +1,174 @@
+"""The instruction set: what every intervention compiles into, and what the engine executes.
+
+At one layer, with ``h`` the residual stream after it (fp32), a program is a set of *channels*. Each channel reads one
+scalar ``a`` from ``h``, maps it through its *ops* in order, and writes the difference along one row::
+
+    a      = read(h)                       # by ReadKind
+    x_0    = a
+    x_i    = clip(alpha_i * x_{i-1} + beta_i, lo_i, hi_i)   for the ops whose selector holds for this token
+                                                            (and a != 0 where the op is only_if_active)
+    delta += c * (x_n - a) * w             # c = 1, ||h|| (NORM) or the SAE's own per-token scale (LATENT)
+
+    h' = h + delta          (delta scaled down to max_dose * ||h|| where the program clamps its dose)
+
+``set v`` is (0, v), ``scale v`` is (v, 0), ``add v`` is (1, v), ``clamp`` is (1, 0) with bounds, ``ablate`` is (0, 0);
+``project_out s`` is (1 - s, 0) on the coordinate along a unit vector and ``cap`` a clip of it. Steering adds are the
+channel that reads nothing (a = 0). All arithmetic is fp32, all channels read the same pre-edit ``h``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from enum import IntEnum
+
+import msgspec
+
+from interventions.selectors import Selector
+
+SEMANTICS_VERSION = 1
+"""Part of every digest. Raise it when the same program would produce different numbers."""
+
+
+class ReadKind(IntEnum):
+    """How a channel obtains its scalar ``a`` from the residual stream ``h``."""
+
+    NONE = 0
+    """a = 0, c = 1: a constant vector is added."""
+    NORM = 1
+    """a = 0, c = ||h||: the row is a unit vector, coefficients are in units of the token's own norm."""
+    DOT = 2
+    """a = r·h with r = w a unit vector."""
+    LATENT = 3
+    """a = the SAE's activation of one latent, from its own encoder row."""
+    MEMBER = 4
+    """As LATENT, but the activation depends on every latent of the dictionary (TopK): needs the full-encode path."""
+
+
+class Op(msgspec.Struct, frozen=True, array_like=True):
+    """``x ← clip(alpha·x + beta, lo, hi)`` on the tokens of ``selectors[selector]``."""
+
+    alpha: float
+    beta: float
+    lo: float
+    hi: float
+    only_if_active: bool
+    selector: int
+    intervention: int
+    """Index into the request's list of interventions: for receipts only, not part of the digest."""
+
+
+class Channel(msgspec.Struct, frozen=True, array_like=True):
+    """One row and the ops on its scalar. ``row`` is a key: ``v:<sha256>`` of ``Program.vectors``, or a feature key."""
+
+    read: ReadKind
+    row: str
+    ops: tuple[Op, ...]
+
+
+class LayerProgram(msgspec.Struct, frozen=True, array_like=True):
+    """The channels after decoder layer ``layer`` (0-based), sorted by (read, row)."""
+
+    layer: int
+    channels: tuple[Channel, ...]
+
+
+class Program(msgspec.Struct, frozen=True, array_like=True):
+    """The canonical, content-addressed form of all edits of one request."""
+
+    layers: tuple[LayerProgram, ...]
+    selectors: tuple[Selector, ...]
+    vectors: dict[str, bytes]
+    """Row key → little-endian float32 values, for the rows that do not come from an SAE."""
+    max_dose: float = math.inf
+    """Upper bound of ||delta|| / ||h|| per token and layer."""
+    refuse_over_dose: bool = False
+    """What happens above ``max_dose``: False scales the delta down, True ends the request."""
+
+    @property
+    def needs_prompt_len(self) -> bool:
+        """Whether two requests with equal prefixes but different prompt lengths can differ under this program."""
+        return any(s.needs_prompt_len for s in self.selectors)
+
+    @property
+    def row_keys(self) -> tuple[str, ...]:
+        """The distinct rows that the program reads or writes, in canonical order."""
+        return tuple(dict.fromkeys(c.row for layer in self.layers for c in layer.channels))
+
+    @property
+    def n_instructions(self) -> int:
+        """Number of ops over all layers and channels."""
+        return sum(len(c.ops) for layer in self.layers for c in layer.channels)
+
+    def digest(self) -> str:
+        """sha256 over the meaning: row contents, ops as IEEE bits, selectors, dose policy; never names or labels."""
+        sha = hashlib.sha256(b"editserver-program")
+
+        def put(*parts: object) -> None:
+            for part in parts:
+                encoded = str(part).encode()
+                sha.update(struct.pack("<I", len(encoded)) + encoded)
+
+        def put_floats(*values: float) -> None:
+            sha.update(struct.pack(f"<{len(values)}f", *(v + 0.0 for v in values)))  # + 0.0: -0.0 and 0.0 are one value
+
+        put(SEMANTICS_VERSION, self.refuse_over_dose)
+        put_floats(self.max_dose)
+        for layer in self.layers:
+            put("layer", layer.layer)
+            for channel in layer.channels:
+                put("channel", int(channel.read), channel.row)
+                for op in channel.ops:
+                    put("op", op.only_if_active)
+                    put_floats(op.alpha, op.beta, op.lo, op.hi)
+                    sha.update(msgspec.msgpack.encode(self.selectors[op.selector]))
+        return sha.hexdigest()
+
+
+def feature_key(sae_digest: str, index: int) -> str:
+    """Content address of one latent's rows and gate: ``f:<SAE digest>:<index>``."""
+    return f"f:{sae_digest}:{index}"
+
+
+def parse_feature_key(key: str) -> tuple[str, int]:
+    """Inverse of :func:`feature_key`."""
+    kind, digest, index = key.split(":")
+    if kind != "f":
+        raise ValueError(f"{key!r} is not a feature row")
+    return digest, int(index)
+
+
+def vector_key(values: bytes) -> str:
+    """Content address of a vector given as little-endian float32 bytes: ``v:<sha256>``."""
+    return "v:" + hashlib.sha256(values).hexdigest()
+
+
+class Read(msgspec.Struct, frozen=True, array_like=True):
+    """One inspection: which latents of one SAE are reported, for which tokens. Never part of a digest."""
+
+    sae: str
+    """Content digest of the SAE."""
+    layer: int
+    features: tuple[int, ...]
+    top_k: int
+    selector: Selector
+    after: bool = False
+    """Report the re-encoded, edited h instead of the pre-edit activations."""
+
+
+class Payload(msgspec.Struct, frozen=True, array_like=True):
+    """What travels with a request to the engine: the program (or None), the readings, and the digest for the salt."""
+
+    program: Program | None
+    reads: tuple[Read, ...]
+    digest: str | None
+
+    def to_bytes(self) -> bytes:
+        """Serialise (msgpack)."""
+        return msgspec.msgpack.encode(self)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Payload:
+        """Inverse of :meth:`to_bytes`; raises ``msgspec.DecodeError`` / ``ValidationError`` on anything else."""
+        return msgspec.msgpack.decode(data, type=Payload)

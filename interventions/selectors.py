@@ -1,0 +1,133 @@
+"""Which tokens of a request an intervention selects.
+
+A selector is a union of half-open ranges over *absolute* positions and a set of token ids. Range bounds are either
+absolute or counted from the end of the prompt (``prompt_len + offset``), so a selector means the same under chunked
+prefill, preemption and batching: a token's phase is a function of its position and the request's prompt length only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+UNBOUNDED = 2**31 - 1
+"""Upper bound of a range that never ends (positions are int32)."""
+
+
+class Bound(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """A position: ``offset``, or ``prompt_len + offset`` when ``from_prompt_end``."""
+
+    from_prompt_end: bool
+    offset: int
+
+    def resolve(self, prompt_len: int) -> int:
+        """The absolute position, clipped below at 0."""
+        position = self.offset + (prompt_len if self.from_prompt_end else 0)
+        return max(0, min(position, UNBOUNDED))
+
+
+START = Bound(False, 0)
+END = Bound(False, UNBOUNDED)
+PROMPT_END = Bound(True, 0)
+
+
+class Range(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Positions ``start <= p < stop``."""
+
+    start: Bound
+    stop: Bound
+
+
+class Selector(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Union of ``ranges`` and of every token whose id is in ``token_ids``; without position 0 unless ``include_bos``."""
+
+    ranges: tuple[Range, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    include_bos: bool = False
+
+    @property
+    def needs_prompt_len(self) -> bool:
+        """Whether the selection depends on where the prompt ends (then the prompt length enters the cache salt)."""
+        return any(bound.from_prompt_end for r in self.ranges for bound in (r.start, r.stop))
+
+    def intervals(self, prompt_len: int) -> list[tuple[int, int]]:
+        """The ranges resolved for one prompt length: sorted, disjoint, non-empty ``(start, stop)``, position 0 handled."""
+        first = 0 if self.include_bos else 1
+        resolved = sorted((max(first, r.start.resolve(prompt_len)), r.stop.resolve(prompt_len)) for r in self.ranges)
+        merged: list[tuple[int, int]] = []
+        for start, stop in resolved:
+            if start >= stop:
+                continue
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+            else:
+                merged.append((start, stop))
+        return merged
+
+    def mask(self, positions: torch.Tensor, token_ids: torch.Tensor, prompt_len: int) -> torch.Tensor:
+        """Which tokens are selected.
+
+        Args:
+            positions: absolute positions, shape ``[n]``, any integer dtype.
+            token_ids: ids of the same tokens, shape ``[n]``.
+            prompt_len: length of the request's original prompt.
+
+        Returns:
+            bool tensor of shape ``[n]``.
+        """
+        selected = torch.zeros_like(positions, dtype=torch.bool)
+        for start, stop in self.intervals(prompt_len):
+            selected |= (positions >= start) & (positions < stop)
+        if self.token_ids:
+            wanted = torch.tensor(self.token_ids, dtype=token_ids.dtype, device=token_ids.device)
+            matched = torch.isin(token_ids, wanted)
+            selected |= matched if self.include_bos else matched & (positions > 0)
+        return selected
+
+    def count(self, token_ids: Sequence[int], prompt_len: int) -> tuple[int, int]:
+        """``(selected, selected in the prompt)`` among the tokens ``token_ids`` at positions 0, 1, 2, …"""
+        if not token_ids:
+            return 0, 0
+        ids = torch.as_tensor(token_ids, dtype=torch.int64)
+        selected = self.mask(torch.arange(len(ids)), ids, prompt_len)
+        return int(selected.sum()), int(selected[:prompt_len].sum())
+
+
+def union(parts: Sequence[Selector], include_bos: bool) -> Selector:
+    """The canonical union of ``parts``: equal selections get equal structs as far as that is decidable without a prompt.
+
+    Absolute ranges are merged; ``prompt`` with ``generated`` becomes ``all``; ``all`` swallows everything else.
+    """
+    ranges = {r for part in parts for r in part.ranges}
+    absolute = sorted(r for r in ranges if not (r.start.from_prompt_end or r.stop.from_prompt_end))
+    relative = sorted(r for r in ranges if r.start.from_prompt_end or r.stop.from_prompt_end)
+    if Range(START, PROMPT_END) in relative and Range(PROMPT_END, END) in relative:
+        absolute.append(Range(START, END))
+    merged: list[Range] = []
+    for r in sorted(absolute):
+        if r.start.offset >= r.stop.offset:
+            continue
+        if merged and r.start.offset <= merged[-1].stop.offset:
+            merged[-1] = Range(merged[-1].start, max(merged[-1].stop, r.stop))
+        else:
+            merged.append(r)
+    first = 0 if include_bos else 1
+    if merged and merged[0].start.offset <= first and merged[0].stop == END:
+        return Selector((Range(START, END),), (), include_bos)
+    token_ids = tuple(sorted({t for part in parts for t in part.token_ids}))
+    return Selector(tuple(merged) + tuple(relative), token_ids, include_bos)
+
+
+ALL = Selector((Range(START, END),))
+PROMPT = Selector((Range(START, PROMPT_END),))
+GENERATED = Selector((Range(PROMPT_END, END),))
+LAST_PROMPT_TOKEN = Selector((Range(Bound(True, -1), PROMPT_END),))
+
+
+def slice_selector(start: int | None, stop: int | None) -> Selector:
+    """``{"from": start, "to": stop}``: half-open, negatives count from the end of the prompt, no ``stop`` = to the end."""
+    lower = START if start is None else Bound(start < 0, start)
+    upper = END if stop is None else Bound(stop < 0, stop)
+    return Selector((Range(lower, upper),))
