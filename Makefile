@@ -1,0 +1,63 @@
+# make setup | demo | test | bench | lint | lock      (docs/development.md explains each)
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CLIENT := clients/python
+READY := $(VENV)/.ready
+SETUP_INPUTS := requirements/cpu.lock pyproject.toml $(CLIENT)/pyproject.toml tools/setup_venv.py
+
+# Cheap promises first, real engines last: what fails, fails early. Every folder of tests/ that is not named runs in the middle.
+TESTS_LAST := $(wildcard tests/api tests/cli tests/engine)
+TESTS := $(filter-out $(TESTS_LAST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py) $(TESTS_LAST)
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test bench lint format lock clean
+
+help:
+	@echo 'make setup   build .venv from the pinned CPU lock (a few minutes, once)'
+	@echo 'make demo    serve a small chat model on CPU and show one answer plain and one edited'
+	@echo 'make test    lint, types, import direction and every test, the real engine included'
+	@echo 'make bench   throughput against vLLM without the plugin'
+	@echo 'make lint    ruff, mypy --strict, import-linter (make format rewrites)'
+	@echo 'make lock    resolve requirements/cpu.lock anew'
+
+setup: $(READY)
+
+$(READY): $(SETUP_INPUTS)
+	@command -v $(PYTHON) >/dev/null || { echo 'setup: $(PYTHON) is not on this machine; install Python 3.11 (Debian: apt install python3.11 python3.11-venv) or name yours: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo 'setup: $(PYTHON) is not Python 3.11, the version that requirements/cpu.lock pins packages for; name one that is: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'setup: $(PYTHON) cannot create a virtual environment; install its venv module (Debian: apt install python3.11-venv)' >&2; exit 1; }
+	@$(BIN)/python tools/setup_venv.py requirements/cpu.lock . $(CLIENT)
+	@touch $@
+
+demo: setup
+	@$(BIN)/editserver demo
+
+test: lint
+	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+bench: setup
+	@$(BIN)/python benchmarks/serve.py
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# Needs only a Python with pip, so that a lock that no longer installs can be made anew.
+lock:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python tools/lock.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

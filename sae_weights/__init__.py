@@ -1,0 +1,1 @@
+"""What a sparse autoencoder is: architectures, checkpoint formats, bundled dictionaries."""

@@ -1,0 +1,65 @@
+"""Fill the virtual environment this Python belongs to from a lock: ``python tools/setup_venv.py LOCK [PROJECT …]``.
+
+torch goes first, because its CPU build is not on PyPI. pip's own configuration is tried before anything else
+(a company mirror, a folder of wheels), then PyTorch's public index of CPU wheels. The rest of the lock follows with
+``--no-deps``: the lock is complete, and resolving again would bring back what it leaves out. Last come the projects
+(folders with a ``pyproject.toml``), editable.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def pip(*arguments: str, quiet: bool = False) -> bool:
+    """Run pip in this environment; True when it succeeded. ``quiet`` keeps its error for itself."""
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *arguments]
+    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def install_torch(pin: str) -> None:
+    """Install the pinned CPU build, e.g. ``torch==2.13.0+cpu``; PyPI has the plain version for macOS only."""
+    if installed_version("torch") == pin.partition("==")[2]:
+        return
+    if platform.system() == "Darwin":
+        pin = pin.partition("+")[0]
+    print(f"installing {pin}", flush=True)
+    if pip("--quiet", "--no-deps", pin, quiet=True):
+        return
+    if not pip("--quiet", "--no-deps", "--extra-index-url", PYTORCH_CPU_INDEX, pin):
+        sys.exit(
+            f"setup: {pin} was found neither through pip's configuration nor at {PYTORCH_CPU_INDEX}. Put its wheel "
+            "into a folder and say `export PIP_FIND_LINKS=that/folder`, then run `make setup` again."
+        )
+
+
+def main() -> None:
+    if sys.prefix == sys.base_prefix:
+        sys.exit("setup: this Python is not in a virtual environment; run `make setup` instead.")
+    lock, projects = Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]]
+    for line in lock.read_text().splitlines():
+        if line.startswith("torch=="):
+            install_torch(line)
+    print(f"installing {lock}", flush=True)
+    if not pip("--quiet", "--no-deps", "--requirement", str(lock)):
+        sys.exit(f"setup: a package of {lock} could not be installed; pip's message is above.")
+    for project in projects:
+        if not pip("--quiet", "--no-deps", "--no-build-isolation", "--editable", str(project)):
+            sys.exit(f"setup: {project} could not be installed; pip's message is above.")
+
+
+if __name__ == "__main__":
+    main()
