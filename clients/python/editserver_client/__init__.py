@@ -1,0 +1,155 @@
+"""Client of editserver: an OpenAI-compatible server whose requests may edit and read the residual stream.
+
+from editserver_client import AddFeature, Client, EditFeatures, Inspect
+
+client = Client("http://localhost:8000")
+answer = client.chat(
+    "Tell me about Paris.",
+    interventions=[EditFeatures("smollm2-135m/l15", [AddFeature(1234, 8)])],
+    inspect=Inspect("smollm2-135m/l15", top_k=5),
+)
+print(answer.text, answer.receipt, answer.readings)
+"""
+
+from __future__ import annotations
+
+from ._version import __version__
+from .async_client import AsyncClient
+from .body import extra_body
+from .catalogue import (
+    Activations,
+    Artifact,
+    Capabilities,
+    Contrast,
+    ContrastFeature,
+    FeatureCard,
+    FeatureInfo,
+    SAEInfo,
+    Tokenization,
+    Vector,
+)
+from .client import Client
+from .events import (
+    Event,
+    FinishEvent,
+    InspectionEvent,
+    ReasoningDelta,
+    ReceiptEvent,
+    TextDelta,
+    ToolCallDelta,
+    UsageEvent,
+)
+from .exceptions import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    BadRequest,
+    EditserverError,
+    ErrorCode,
+    Forbidden,
+    InterventionFailed,
+    NotFound,
+    RateLimited,
+    ServerError,
+    StreamError,
+    Unauthorized,
+    UnexpectedResponse,
+)
+from .features import AblateFeature, AddFeature, ClampFeature, FeatureEdit, ScaleFeature, SetFeature
+from .inspection import FeatureReading, Inspect, Inspection, TokenReading
+from .interventions import EditFeatures, InlineConcept, Intervention, Remap, Rules, Steer, Suppress
+from .receipts import Application, Receipt, ReceiptEntry
+from .responses import (
+    ChatChoice,
+    ChatResponse,
+    CompletionChoice,
+    CompletionResponse,
+    FunctionCall,
+    Message,
+    ToolCall,
+    Usage,
+)
+from .selectors import Selector, Slice, Tokens, TokenSet
+from .streams import AsyncChatStream, AsyncCompletionStream, AsyncStream, ChatStream, CompletionStream, Stream
+from .tensors import PackedTensor, pack
+from .transcript import StreamedChoice
+
+__all__ = [
+    "APIConnectionError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AblateFeature",
+    "Activations",
+    "AddFeature",
+    "Application",
+    "Artifact",
+    "AsyncChatStream",
+    "AsyncClient",
+    "AsyncCompletionStream",
+    "AsyncStream",
+    "BadRequest",
+    "Capabilities",
+    "ChatChoice",
+    "ChatResponse",
+    "ChatStream",
+    "ClampFeature",
+    "Client",
+    "CompletionChoice",
+    "CompletionResponse",
+    "CompletionStream",
+    "Contrast",
+    "ContrastFeature",
+    "EditFeatures",
+    "EditserverError",
+    "ErrorCode",
+    "Event",
+    "FeatureCard",
+    "FeatureEdit",
+    "FeatureInfo",
+    "FeatureReading",
+    "FinishEvent",
+    "Forbidden",
+    "FunctionCall",
+    "InlineConcept",
+    "Inspect",
+    "Inspection",
+    "InspectionEvent",
+    "Intervention",
+    "InterventionFailed",
+    "Message",
+    "NotFound",
+    "PackedTensor",
+    "RateLimited",
+    "ReasoningDelta",
+    "Receipt",
+    "ReceiptEntry",
+    "ReceiptEvent",
+    "Remap",
+    "Rules",
+    "SAEInfo",
+    "ScaleFeature",
+    "Selector",
+    "ServerError",
+    "SetFeature",
+    "Slice",
+    "Steer",
+    "Stream",
+    "StreamError",
+    "StreamedChoice",
+    "Suppress",
+    "TextDelta",
+    "TokenReading",
+    "TokenSet",
+    "Tokenization",
+    "Tokens",
+    "ToolCall",
+    "ToolCallDelta",
+    "Unauthorized",
+    "UnexpectedResponse",
+    "Usage",
+    "UsageEvent",
+    "Vector",
+    "__version__",
+    "extra_body",
+    "pack",
+]

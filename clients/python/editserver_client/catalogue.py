@@ -1,0 +1,128 @@
+"""What the server knows about: itself, its SAEs, their features, the library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, PlainValidator
+from pydantic.dataclasses import dataclass
+
+from .inspection import ANSWER, TokenReading
+from .tensors import TensorLike, as_wire
+from .wire import STRICT, Wire
+
+
+class SAEInfo(BaseModel):
+    """A dictionary that the server has loaded."""
+
+    model_config = ANSWER
+    id: str
+    layer: int
+    hook: str
+    architecture: str
+    d_model: int
+    n_features: int
+    digest: str
+    editable: bool
+    top_k: bool | int | None = None
+
+
+class Capabilities(BaseModel):
+    """What this server can do, and its limits."""
+
+    model_config = ANSWER
+    version: str
+    vllm: str
+    model: str
+    d_model: int
+    n_layers: int
+    armed_layers: list[int]
+    limits: dict[str, Any]
+    saes: list[SAEInfo | str]
+    intervention_types: list[str]
+    schemas: dict[str, Any]
+
+
+class FeatureInfo(BaseModel):
+    """A feature in a list; `score` ranks it when the list answers a search."""
+
+    model_config = ANSWER
+    index: int
+    label: str | None = None
+    density: float | None = None
+    max_activation: float | None = None
+    score: float | None = None
+
+
+class FeatureCard(FeatureInfo):
+    """Everything the server knows about one feature."""
+
+    contexts: list[Any] | None = None
+    promoted: list[Any] | None = None
+    suppressed: list[Any] | None = None
+    neighbours: list[Any] | None = None
+    quantiles: dict[str, Any] | list[Any] | None = None
+
+
+class Activations(BaseModel):
+    """Readings of one input, the `index`-th."""
+
+    model_config = ANSWER
+    index: int
+    tokens: list[TokenReading]
+
+
+class ContrastFeature(BaseModel):
+    """How well one feature separates the positive from the negative texts."""
+
+    model_config = ANSWER
+    index: int
+    label: str | None = None
+    score: float
+    auroc: float | None = None
+    density: float | None = None
+
+
+class Contrast(BaseModel):
+    """Features that separate two sets of texts, best first; `score_name` says what `score` is."""
+
+    model_config = ANSWER
+    score_name: str
+    data: list[ContrastFeature]
+
+
+class Tokenization(BaseModel):
+    """Token ids as the model gets them: entry i stands at absolute position i."""
+
+    model_config = ANSWER
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Artifact(BaseModel):
+    """A library entry; every version is addressed by its content's `digest`. `body` comes with `get` only."""
+
+    model_config = ANSWER
+    name: str
+    kind: str
+    version: int | str
+    digest: str
+    body: dict[str, Any] | None = None
+
+
+def _layers(given: Any) -> Any:
+    if not isinstance(given, Mapping) or not given:
+        raise ValueError("expected a mapping of layer to vector with at least one layer")
+    return {str(int(layer)): as_wire(values) for layer, values in given.items()}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Vector(Wire):
+    """A steering vector for the library: one vector [d_model] for each of its layers."""
+
+    layers: Annotated[Mapping[int, TensorLike], PlainValidator(_layers)]
+    description: str | None = Field(default=None, kw_only=True)
+    meta: Mapping[str, Any] | None = Field(default=None, kw_only=True)

@@ -1,0 +1,174 @@
+"""The interventions that a request may carry; h is the residual stream after a layer.
+
+Common to all: `id` (label echoed in the receipt; default its place in the list), `tokens` (selector, default all),
+`when` (a rule expression that gates it), `include_bos` (position 0 too). What can be seen to be wrong without the
+server raises `pydantic.ValidationError`; the rest (names, dimensions, armed layers) it answers with `BadRequest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator, model_validator
+from pydantic.dataclasses import dataclass
+
+from .features import FeatureEdit, Index, check_bounds, check_distinct
+from .selectors import Selector
+from .tensors import TensorLike, as_wire, shape_of
+from .wire import STRICT, Wire
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+def _values(given: Any) -> Any:
+    return None if given is None else as_wire(given)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Common(Wire):
+    """The fields that every intervention has."""
+
+    type: str
+    id: str | None = None
+    tokens: Selector | None = None
+    when: str | None = None
+    include_bos: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Steer(Common):
+    """Move h along a direction v, or bound it there.
+
+    The direction is one of `vector` (library name), `values` with `layer` or `layers` ([d], or [len(layers), d]), or
+    `sae` + `feature` (that decoder row). With v̂ = v/‖v‖ and s = `strength` (1 unless given), `mode` is
+
+        add           h + s·v                 (default)
+        normalized    h + s·‖h‖·v̂
+        project_out   h − s·(h·v̂)·v̂
+        cap           h·v̂ clamped into [min, max]; no strength, at least one bound
+    """
+
+    type: Literal["steer"] = "steer"
+    vector: Name | None = None
+    values: Annotated[TensorLike | None, PlainValidator(_values)] = None
+    sae: Name | None = None
+    feature: Index | None = None
+    layer: Index | None = None
+    layers: Annotated[Sequence[Index], Field(min_length=1)] | None = None
+    strength: float | None = None
+    mode: Literal["add", "normalized", "project_out", "cap"] | None = None
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _is_one_direction(self) -> Steer:
+        from_sae = self.sae is not None or self.feature is not None
+        if from_sae and (self.sae is None or self.feature is None):
+            raise ValueError("sae and feature go together")
+        if sum((self.vector is not None, self.values is not None, from_sae)) != 1:
+            raise ValueError("give exactly one of vector, values, or sae with feature")
+        if self.values is None:
+            if self.layer is not None or self.layers is not None:
+                raise ValueError(
+                    "a library vector and a feature bring their own layer; layer and layers go with values"
+                )
+        else:
+            self._check_layers()
+        if self.mode == "cap":
+            if self.strength is not None:
+                raise ValueError("mode cap has no strength; its bounds are min and max")
+            check_bounds(self.min, self.max)
+        elif self.min is not None or self.max is not None:
+            raise ValueError("min and max belong to mode cap")
+        return self
+
+    def _check_layers(self) -> None:
+        if (self.layer is None) == (self.layers is None):
+            raise ValueError("values need exactly one of layer and layers")
+        if self.layers is not None:
+            check_distinct(list(self.layers), "layer")
+        shape = shape_of(self.values)  # type: ignore[arg-type]  # as_wire has made it a list or a PackedTensor
+        n_layers = 1 if self.layers is None else len(self.layers)
+        if len(shape) > 2 or (len(shape) == 2 and (self.layers is None or shape[0] != n_layers)):
+            raise ValueError(f"values of shape {list(shape)} for {n_layers} layer(s): expected [d] or [len(layers), d]")
+
+
+@dataclass(frozen=True, config=STRICT)
+class EditFeatures(Common):
+    """Edit latents of one SAE; the part of h that the SAE does not explain is kept: h' = h + decode(z') − decode(z)."""
+
+    sae: Name
+    features: Annotated[Sequence[FeatureEdit], Field(min_length=1)]
+    type: Literal["edit_features"] = Field(default="edit_features", kw_only=True)
+
+    @model_validator(mode="after")
+    def _indices_are_distinct(self) -> EditFeatures:
+        check_distinct([edit.index for edit in self.features], "feature")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class InlineConcept(Wire):
+    """A concept given by its latents instead of a library name; `mu` and `sigma` (one each) are for method range."""
+
+    sae: Name
+    features: Annotated[Sequence[Index], Field(min_length=1)]
+    mu: Sequence[float] | None = Field(default=None, kw_only=True)
+    sigma: Sequence[float] | None = Field(default=None, kw_only=True)
+
+    @model_validator(mode="after")
+    def _one_statistic_a_feature(self) -> InlineConcept:
+        check_distinct(list(self.features), "feature")
+        for name, statistic in (("mu", self.mu), ("sigma", self.sigma)):
+            if statistic is not None and len(statistic) != len(self.features):
+                raise ValueError(f"{name} has {len(statistic)} entries for {len(self.features)} features")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Suppress(Common):
+    """Turn a concept down. app: a' = a·(1 − strength·P(concept | a)); attenuate: a·(1 − strength); mask: 0;
+    range: 0 within the concept's usual activations."""
+
+    concept: Name | InlineConcept
+    method: Literal["app", "attenuate", "mask", "range"] | None = Field(default=None, kw_only=True)
+    strength: Annotated[float, Field(ge=0)] | None = Field(default=None, kw_only=True)
+    type: Literal["suppress"] = Field(default="suppress", kw_only=True)
+
+    @model_validator(mode="after")
+    def _inline_range_has_statistics(self) -> Suppress:
+        inline = self.concept if isinstance(self.concept, InlineConcept) else None
+        if inline and self.method == "range" and (inline.mu is None or inline.sigma is None):
+            raise ValueError("method range on an inline concept needs its mu and sigma")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Remap(Common):
+    """Apply a latent map of the library."""
+
+    map: Name
+    strength: float | None = Field(default=None, kw_only=True)
+    type: Literal["remap"] = Field(default="remap", kw_only=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Rules(Common):
+    """Reason over features: a ruleset of the library, or inline `propositions`, `rules` and `actions`."""
+
+    ruleset: Name | None = None
+    propositions: Sequence[Any] | Mapping[str, Any] | None = Field(default=None, kw_only=True)
+    rules: Sequence[Any] | Mapping[str, Any] | None = Field(default=None, kw_only=True)
+    actions: Sequence[Any] | Mapping[str, Any] | None = Field(default=None, kw_only=True)
+    type: Literal["rules"] = Field(default="rules", kw_only=True)
+
+    @model_validator(mode="after")
+    def _named_or_inline(self) -> Rules:
+        inline = [part is not None for part in (self.propositions, self.rules, self.actions)]
+        if (self.ruleset is not None) == any(inline):
+            raise ValueError("give either ruleset, or propositions, rules and actions")
+        return self
+
+
+Intervention = Steer | EditFeatures | Suppress | Remap | Rules
