@@ -10,13 +10,15 @@ BIN := $(VENV)/bin
 CLIENT := clients/python
 READY := $(VENV)/.ready
 SETUP_INPUTS := requirements/cpu.lock pyproject.toml $(CLIENT)/pyproject.toml tools/setup_venv.py
+ORACLE := .venv-oracle
+ORACLE_READY := $(ORACLE)/.ready
 
 # Cheap promises first, real engines last: what fails, fails early. Every folder of tests/ that is not named runs in the middle.
 TESTS_LAST := $(wildcard tests/api tests/cli tests/engine)
 TESTS := $(filter-out $(TESTS_LAST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py) $(TESTS_LAST)
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test bench lint format lock clean
+.PHONY: help setup setup-oracle demo test bench lint format lock clean
 
 help:
 	@echo 'make setup   build .venv from the pinned CPU lock (a few minutes, once)'
@@ -35,10 +37,20 @@ $(READY): $(SETUP_INPUTS)
 	@$(BIN)/python tools/setup_venv.py requirements/cpu.lock . $(CLIENT)
 	@touch $@
 
+# sae-lens, which tests compare with, brings half a data-science stack: it lies on top of $(VENV), which never sees it.
+setup-oracle: $(ORACLE_READY)
+
+$(ORACLE_READY): requirements/oracle.lock $(READY)
+	@rm -rf $(ORACLE)
+	@$(BIN)/python -m venv --without-pip $(ORACLE)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ORACLE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@$(ORACLE)/bin/python tools/setup_venv.py requirements/oracle.lock
+	@touch $@
+
 demo: setup
 	@$(BIN)/editserver demo
 
-test: lint
+test: lint setup-oracle
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 bench: setup
@@ -48,7 +60,7 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/lint-imports --no-cache --no-logo
 
 format: setup
 	@$(BIN)/ruff check --fix .
@@ -60,4 +72,4 @@ lock:
 	@$(BIN)/python tools/lock.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) $(ORACLE) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

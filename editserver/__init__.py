@@ -1,1 +1,3 @@
-"""The server: an OpenAI-compatible API and a vLLM plugin whose requests may edit the residual stream."""
+"""editserver: edit a language model's residual stream per request, while stock vLLM serves it."""
+
+__version__ = "0.1.0"

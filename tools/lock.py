@@ -1,9 +1,10 @@
-"""Pin everything the CPU environment installs: ``make lock`` writes ``requirements/cpu.lock``.
+"""Pin everything the environments install: ``make lock`` writes ``requirements/cpu.lock`` and ``oracle.lock``.
 
-pip resolves the project's dependencies, its extras ``cpu`` and ``dev`` and the pins of ``[tool.editserver.lock]``
-in ``pyproject.toml`` together (``pip install --dry-run --report``). The packages named there as ``leave-out`` are then
-taken out, along with whatever only they needed, and those ``without-dependencies`` are added. The result lists
-every package, so it is installed with ``--no-deps``.
+pip resolves an environment's requirements together (``pip install --dry-run --report``): for ``cpu`` the project's
+dependencies, its extras ``cpu`` and ``dev`` and the pins in ``pyproject.toml`` (``[tool.editserver.lock.cpu]``); for
+``oracle`` the pins of that name, constrained by ``cpu.lock``, because that environment lies on top of the first and
+lists only what it adds. Packages named as ``leave-out`` are then taken out along with whatever only they needed, and
+those ``without-dependencies`` are added. A lock names every package, so it is installed with ``--no-deps``.
 """
 
 from __future__ import annotations
@@ -19,24 +20,23 @@ from pip._vendor.packaging.requirements import Requirement
 from pip._vendor.packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ROOT / "requirements" / "cpu.lock"
+LOCKS = ROOT / "requirements"
 EXTRAS = ("cpu", "dev")
 HEADER = """\
-# Every package of the CPU environment, for Python 3.11 on Linux x86_64. Made by `make lock` from pyproject.toml;
-# installed by `make setup` with --no-deps. Not listed on purpose: {left_out}.
+# Every package {adds}, for Python 3.11 on Linux x86_64. Made by `make lock` from pyproject.toml;
+# installed by `make setup` with --no-deps. Left out on purpose: {left_out}.
 """
 
 
-def resolve(requirements: list[str]) -> dict[str, Any]:
-    """What pip would install for ``requirements``: canonical name -> its wheel's metadata."""
+def resolve(requirements: list[str], *options: str) -> dict[str, Any]:
+    """What pip would install for ``requirements``: canonical name -> its metadata (``requires_dist`` included)."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
-    command += ["--only-binary", ":all:", *requirements]
-    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    report = json.loads(subprocess.run([*command, *options, *requirements], check=True, stdout=subprocess.PIPE).stdout)
     return {canonicalize_name(item["metadata"]["name"]): item["metadata"] for item in report["install"]}
 
 
 def reachable(roots: list[str], resolved: dict[str, Any], leave_out: set[str]) -> set[str]:
-    """The packages that ``roots`` need (markers and extras as on this machine) when ``leave_out`` are not followed."""
+    """The packages that ``roots`` need (markers as on this machine) when ``leave_out`` are not followed."""
     seen: set[tuple[str, str]] = set()
     pending = [Requirement(root) for root in roots]
     while pending:
@@ -44,7 +44,7 @@ def reachable(roots: list[str], resolved: dict[str, Any], leave_out: set[str]) -
         name = canonicalize_name(wanted.name)
         if name in leave_out or name not in resolved:
             continue
-        for extra in ("", *wanted.extras):
+        for extra in {"", *wanted.extras}:
             if (name, extra) in seen:
                 continue
             seen.add((name, extra))
@@ -55,21 +55,36 @@ def reachable(roots: list[str], resolved: dict[str, Any], leave_out: set[str]) -
     return {name for name, _ in seen}
 
 
+def pinned_lines(roots: list[str], settings: dict[str, list[str]], *options: str) -> list[str]:
+    """``name==version`` for every package that ``roots`` need under an environment's ``settings``."""
+    leave_out = {canonicalize_name(name) for name in settings["leave-out"]}
+    resolved = resolve(roots, *options)
+    lines = [f"{name}=={resolved[name]['version']}" for name in reachable(roots, resolved, leave_out)]
+    return sorted([*lines, *settings["without-dependencies"]], key=lambda line: line.partition("==")[0])
+
+
+def write_lock(name: str, adds: str, lines: list[str], left_out: list[str]) -> Path:
+    path = LOCKS / f"{name}.lock"
+    LOCKS.mkdir(exist_ok=True)
+    path.write_text(HEADER.format(adds=adds, left_out=", ".join(left_out)) + "\n".join(lines) + "\n")
+    print(f"{path.relative_to(ROOT)}: {len(lines)} packages")
+    return path
+
+
 def main() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         pyproject = tomllib.load(file)
-    project, settings = pyproject["project"], pyproject["tool"]["editserver"]["lock"]
-    roots = list(project["dependencies"]) + list(settings["pins"])
+    project, locks = pyproject["project"], pyproject["tool"]["editserver"]["lock"]
+
+    roots = [*project["dependencies"], *locks["cpu"]["pins"]]
     for extra in EXTRAS:
         roots += project["optional-dependencies"][extra]
-    leave_out = {canonicalize_name(name) for name in settings["leave-out"]}
-    resolved = resolve(roots)
-    kept = sorted(reachable(roots, resolved, leave_out))
-    lines = [f"{name}=={resolved[name]['version']}" for name in kept]
-    lines = sorted([*lines, *settings["without-dependencies"]], key=lambda line: line.split("==")[0])
-    LOCK.parent.mkdir(exist_ok=True)
-    LOCK.write_text(HEADER.format(left_out=", ".join(sorted(leave_out))) + "\n".join(lines) + "\n")
-    print(f"{LOCK.relative_to(ROOT)}: {len(lines)} packages")
+    base = pinned_lines(roots, locks["cpu"], "--only-binary", ":all:")
+    constraints = write_lock("cpu", "of the CPU environment", base, locks["cpu"]["leave-out"])
+
+    oracle = pinned_lines(locks["oracle"]["pins"], locks["oracle"], "--constraint", str(constraints))
+    added = [line for line in oracle if line not in base]
+    write_lock("oracle", "that sae-lens needs on top of cpu.lock", added, locks["oracle"]["leave-out"])
 
 
 if __name__ == "__main__":

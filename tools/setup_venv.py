@@ -9,6 +9,7 @@ torch goes first, because its CPU build is not on PyPI. pip's own configuration 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -19,8 +20,10 @@ PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 def pip(*arguments: str, quiet: bool = False) -> bool:
     """Run pip in this environment; True when it succeeded. ``quiet`` keeps its error for itself."""
+    # setuptools warns at length about editable installs as such; its errors still show.
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *arguments]
-    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
+    return subprocess.run(command, env=environment, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
 
 
 def installed_version(name: str) -> str | None:
