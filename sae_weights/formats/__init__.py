@@ -1,0 +1,1 @@
+"""Checkpoint formats: one file per format, each returning the canonical SAE."""
