@@ -146,7 +146,7 @@ def _input_scale(folder: Path, config: SAELensConfig, sidecar: Mapping[str, Any]
     if found is None:
         raise SAEFormatError(
             f"{folder / CONFIG_FILE}: field 'normalize_activations' is {SCALED_INPUT!r}, which scales inputs by a "
-            f'constant that the checkpoint does not hold; give it as {{"norm_scaling_factor": …}} in {SIDECAR_FILE} beside it'
+            f"constant that the checkpoint does not hold; give it as 'norm_scaling_factor' in {SIDECAR_FILE} beside it"
         )
     return found
 
