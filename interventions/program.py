@@ -164,6 +164,12 @@ class Payload(msgspec.Struct, frozen=True, array_like=True):
     reads: tuple[Read, ...]
     digest: str | None
 
+    @property
+    def row_keys(self) -> tuple[str, ...]:
+        """The distinct rows that the request needs: its program's, then the listed features of its readings."""
+        listed = (feature_key(read.sae, index) for read in self.reads for index in read.features)
+        return tuple(dict.fromkeys((*(self.program.row_keys if self.program else ()), *listed)))
+
     def to_bytes(self) -> bytes:
         """Serialise (msgpack)."""
         return msgspec.msgpack.encode(self)

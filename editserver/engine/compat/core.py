@@ -1,0 +1,218 @@
+"""The engine core's side: salts, bank slots, and the way of the step records back to the API process.
+
+* ``EngineCore.preprocess_add_request`` (vllm/v1/engine/core.py:1089) is the one funnel that HTTP, offline use and every
+  data-parallel engine pass through: the salt is set there, before block hashes are computed.
+* ``Scheduler.add_request``, ``_free_request`` and ``finish_requests`` (vllm/v1/core/sched/scheduler.py:2616, :2714, :2649)
+  bound the life of a request: bank rows are held exactly that long. A request whose rows do not fit waits for others.
+* ``Scheduler.update_from_output`` (:2026) turns the runner's output into per-request outputs; records ride along in
+  ``kv_transfer_params``, the one open field of that struct, and are taken out again by
+  ``OutputProcessor.process_outputs`` (vllm/v1/engine/output_processor.py:651) before anybody sees them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import defaultdict, deque
+from typing import Any
+
+from editserver.engine.bank import BankLedger
+from editserver.engine.config import EngineConfig
+from editserver.engine.journal import Journal
+from editserver.engine.salt import edit_salt, plain_salt
+from editserver.engine.wire import KEY, StepRecord, decode_records, encode_records
+from interventions.program import Payload
+
+SLOTS = "editserver_slots"
+"""Bank slots of the payload's ``row_keys``, added to ``extra_args`` by the core for the workers."""
+
+
+class CoreState:
+    """What one scheduler knows about edited requests."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.ledger = BankLedger(config.bank_rows)
+        self.waiting: deque[Any] = deque()
+        self.pending: dict[str, list[StepRecord]] = defaultdict(list)
+
+
+def payload_of(sampling_params: Any) -> Payload | None:
+    """The payload that a request carries, or None."""
+    extra = getattr(sampling_params, "extra_args", None)
+    if not extra or KEY not in extra:
+        return None
+    data = extra[KEY]
+    if not isinstance(data, bytes):
+        raise ValueError(f"extra_args[{KEY!r}] must be the bytes of a compiled payload, got {type(data).__name__}")
+    return Payload.from_bytes(data)
+
+
+def _salted(request: Any, config: EngineConfig | None) -> None:
+    payload = payload_of(request.sampling_params)
+    if config is None:
+        if payload is not None:
+            raise ValueError("this server was not started with editserver: it cannot run interventions")
+        return
+    if payload is None:
+        request.cache_salt = plain_salt(request.cache_salt)
+        return
+    if request.prompt_token_ids is None or getattr(request, "resumable", False):
+        raise ValueError("interventions need a prompt of tokens: prompt embeddings and streaming input are not supported")
+    layers = {lp.layer for lp in payload.program.layers} if payload.program else set()
+    layers |= {read.layer for read in payload.reads}
+    if unarmed := layers - set(config.armed):
+        raise ValueError(f"the program touches the layers {sorted(unarmed)}, armed are {list(config.armed)}")
+    if len(payload.row_keys) > config.bank_rows:
+        raise ValueError(f"the request needs {len(payload.row_keys)} rows, the bank has {config.bank_rows}")
+    if payload.program is None:
+        request.cache_salt = plain_salt(request.cache_salt)
+        return
+    prompt_len = len(request.prompt_token_ids) if payload.program.needs_prompt_len else None
+    request.cache_salt = edit_salt(request.cache_salt, payload.program.digest(), prompt_len)
+
+
+def _wrap_core(engine_core: Any) -> None:
+    original = engine_core.preprocess_add_request
+
+    @functools.wraps(original)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        _salted(request, EngineConfig.of(self.vllm_config))
+        return original(self, request)
+
+    engine_core.preprocess_add_request = preprocess_add_request
+
+
+def _state(scheduler: Any) -> CoreState | None:
+    state: CoreState | None = scheduler.__dict__.get(KEY)
+    if state is None:
+        config = EngineConfig.of(scheduler.vllm_config)
+        if config is None:
+            return None
+        state = scheduler.__dict__[KEY] = CoreState(config)
+    return state
+
+
+def _wrap_scheduler(scheduler: Any) -> None:
+    add_request, free_request = scheduler.add_request, scheduler._free_request
+    finish_requests, update_from_output = scheduler.finish_requests, scheduler.update_from_output
+
+    def admit(self: Any, state: CoreState, request: Any) -> bool:
+        payload = payload_of(request.sampling_params)
+        if payload is None:
+            add_request(self, request)
+            return True
+        slots = state.ledger.acquire(request.request_id, payload.row_keys)
+        if slots is None:
+            return False
+        request.sampling_params = copy.copy(request.sampling_params)
+        request.sampling_params.extra_args = {**request.sampling_params.extra_args, SLOTS: slots}
+        add_request(self, request)
+        return True
+
+    @functools.wraps(add_request)
+    def _add_request(self: Any, request: Any) -> None:
+        state = _state(self)
+        if state is None:
+            add_request(self, request)
+            return
+        edited = payload_of(request.sampling_params) is not None
+        if (edited and state.waiting) or not admit(self, state, request):
+            state.waiting.append(request)
+
+    @functools.wraps(free_request)
+    def _free_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        freed = free_request(self, request, *args, **kwargs)
+        state = _state(self)
+        if state is not None and state.ledger.release(request.request_id):
+            while state.waiting and admit(self, state, state.waiting[0]):
+                state.waiting.popleft()
+        return freed
+
+    @functools.wraps(finish_requests)
+    def _finish_requests(self: Any, request_ids: Any, finished_status: Any) -> Any:
+        state = _state(self)
+        if state is not None:
+            if isinstance(request_ids, str):
+                request_ids = (request_ids,)
+            gone = None if request_ids is None else set(request_ids)
+            state.waiting = deque(r for r in state.waiting if gone is not None and r.request_id not in gone)
+            for request_id in list(state.pending) if gone is None else gone:
+                state.pending.pop(request_id, None)
+        return finish_requests(self, request_ids, finished_status)
+
+    @functools.wraps(update_from_output)
+    def _update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = update_from_output(self, scheduler_output, model_runner_output, *args, **kwargs)
+        state = _state(self)
+        if state is None:
+            return outputs
+        for request_id, record in getattr(model_runner_output, KEY, {}).items():
+            state.pending[request_id].append(record)
+        if state.pending:
+            _attach(state, outputs)
+            for request_id in [r for r in state.pending if r not in self.requests]:
+                del state.pending[request_id]
+        return outputs
+
+    scheduler.add_request = _add_request
+    scheduler._free_request = _free_request
+    scheduler.finish_requests = _finish_requests
+    scheduler.update_from_output = _update_from_output
+
+
+def _attach(state: CoreState, outputs: Any) -> None:
+    for client in outputs.values():
+        for output in client.outputs:
+            records = state.pending.pop(output.request_id, None)
+            if records:
+                output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: encode_records(records)}
+
+
+def _wrap_output_processor(processor: Any, request_state: Any) -> None:
+    add_request, process_outputs = processor.add_request, processor.process_outputs
+    new_completion_output = request_state._new_completion_output
+
+    @functools.wraps(add_request)
+    def _add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        add_request(self, request, *args, **kwargs)
+        payload = payload_of(request.sampling_params)
+        if payload is not None:
+            self.request_states[request.request_id].editserver = Journal(payload)
+
+    @functools.wraps(process_outputs)
+    def _process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            params = output.kv_transfer_params
+            if not params or KEY not in params:
+                continue
+            records = decode_records(params.pop(KEY))
+            output.kv_transfer_params = params or None
+            journal = getattr(self.request_states.get(output.request_id), KEY, None)
+            if journal is not None:
+                for record in records:
+                    journal.add(record)
+        return process_outputs(self, engine_core_outputs, *args, **kwargs)
+
+    @functools.wraps(new_completion_output)
+    def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        completion = new_completion_output(self, *args, **kwargs)
+        completion.editserver = getattr(self, KEY, None)
+        return completion
+
+    processor.add_request = _add_request
+    processor.process_outputs = _process_outputs
+    request_state._new_completion_output = _new_completion_output
+
+
+def install() -> None:
+    """Wrap the core's and the output processor's classes, once per process."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    if hasattr(EngineCore, KEY):
+        return
+    setattr(EngineCore, KEY, True)
+    _wrap_core(EngineCore)
+    _wrap_scheduler(Scheduler)
+    _wrap_output_processor(OutputProcessor, RequestState)

@@ -1,0 +1,45 @@
+"""A worker proves that it is armed: ``collective_rpc("editserver_handshake")`` answers from every worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from editserver import __version__
+
+METHOD = "editserver_handshake"
+STATS = "editserver_stats"
+
+
+def _handshake(self: Any) -> dict[str, Any]:
+    """Run the model once on a dummy batch and report which armed layers' ops were really called."""
+    from editserver.engine import op
+
+    worker = op.current()
+    if worker is None:
+        return {"version": __version__, "ok": False, "armed": [], "saes": [], "error": "no layer of this worker is armed"}
+    worker.count_visits()
+    self.model_runner._dummy_run(16)
+    silent = [layer for layer, visits in worker.visits.items() if not visits]
+    return {
+        "version": __version__,
+        "ok": not silent,
+        "armed": list(worker.config.armed),
+        "saes": worker.dictionaries.digests,
+        "error": f"the compiled model does not call the edit op of layers {silent}" if silent else None,
+    }
+
+
+def _stats(self: Any) -> dict[str, Any]:
+    """What the worker holds right now."""
+    from editserver.engine import op
+
+    worker = op.current()
+    return {} if worker is None else {"resident": len(worker.residents.requests), "bank_bytes": worker.bank.n_bytes}
+
+
+def install() -> None:
+    """Give every worker class the two methods."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, METHOD, _handshake)
+    setattr(WorkerBase, STATS, _stats)

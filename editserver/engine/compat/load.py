@@ -1,0 +1,71 @@
+"""Arming at load time: the target model exists, is fully loaded, and nothing has been traced.
+
+Hook: ``BaseModelLoader.load_model`` (vllm/model_executor/model_loader/base_loader.py:62), through which every runner and
+every loader passes. A drafter's load is told apart by its ``model_config``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from editserver.engine.compat import signatures
+from editserver.engine.compat.refuse import check_config
+from editserver.engine.config import EngineConfig
+
+logger = logging.getLogger("vllm.editserver")
+
+
+def install() -> None:
+    """Wrap the loader, once per process."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    original = BaseModelLoader.load_model
+    if hasattr(original, "editserver"):
+        return
+
+    @functools.wraps(original)
+    def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model = original(self, vllm_config, model_config, *args, **kwargs)
+        config = EngineConfig.of(vllm_config)
+        if config is not None and model_config is vllm_config.model_config:
+            arm_model(model, vllm_config, config)
+        return model
+
+    load_model.editserver = True  # type: ignore[attr-defined]
+    BaseModelLoader.load_model = load_model
+
+
+def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) -> None:
+    """Arm ``model`` and install this process's engine; raises when an edit could be wrong."""
+    # Imported here and not sooner: these load numba, and vLLM's worker start (triton_utils/dispatcher.py:138) trips over
+    # llvmlite's module objects if they are there before it.
+    from editserver.engine import op, splice
+    from editserver.engine.compat import v1_runner
+    from editserver.engine.worker import EngineWorker
+
+    check_config(vllm_config)
+    text_config = vllm_config.model_config.hf_text_config
+    names = list(vllm_config.compilation_config.static_forward_context)
+    layers = splice.locate(model, text_config.num_hidden_layers, names)
+    armed = splice.arm(layers, config.armed)
+    worker = EngineWorker(
+        config,
+        int(vllm_config.model_config.get_hidden_size()),
+        vllm_config.model_config.dtype,
+        int(vllm_config.scheduler_config.max_num_batched_tokens),
+    )
+    worker.warm_up()
+    op.install(worker)
+    signatures.check(signatures.RUNNER_RELIED_ON)
+    v1_runner.install()
+    logger.info(
+        "editserver: armed layers %s of %s, %d rows (%.0f MB)",
+        armed,
+        type(model).__name__,
+        config.bank_rows,
+        worker.bank.n_bytes / 1e6,
+    )

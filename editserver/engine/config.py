@@ -1,0 +1,75 @@
+"""What every process of one server must agree on: carried by vLLM's ``additional_config`` (which also salts the compile cache)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from editserver import __version__
+from editserver.engine.wire import KEY
+
+ENGINE_ABI = 1
+"""Raise it when the traced graph changes, so that no compiled artefact of an older build is reused."""
+
+
+@dataclass(frozen=True)
+class SAESource:
+    """One dictionary as every process opens it, read-only."""
+
+    id: str
+    path: str
+    digest: str
+    layer: int
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Configuration of the engine plugin.
+
+    Attributes:
+        armed: decoder layers (0-based) with an edit op in their graph.
+        saes: the dictionaries that programs may refer to (by digest).
+        full_encode: ids of the SAEs whose every pre-activation may be computed (top-k, TopK membership).
+        bank_rows: capacity of the row bank, shared by all running requests.
+    """
+
+    armed: tuple[int, ...]
+    saes: tuple[SAESource, ...] = ()
+    full_encode: tuple[str, ...] = ()
+    bank_rows: int = 8192
+    version: str = __version__
+    abi: int = field(default=ENGINE_ABI)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form for ``additional_config["editserver"]``."""
+        return asdict(self) | {"armed": list(self.armed), "saes": [asdict(s) for s in self.saes]}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> EngineConfig:
+        """Inverse of :meth:`as_dict`; raises ``ValueError`` naming what does not fit."""
+        try:
+            config = cls(
+                armed=tuple(sorted({int(layer) for layer in raw["armed"]})),
+                saes=tuple(SAESource(**s) for s in raw.get("saes", ())),
+                full_encode=tuple(raw.get("full_encode", ())),
+                bank_rows=int(raw.get("bank_rows", 8192)),
+                version=str(raw.get("version", __version__)),
+                abi=int(raw.get("abi", ENGINE_ABI)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"additional_config[{KEY!r}] is not an editserver configuration: {error!r}") from error
+        if (config.version, config.abi) != (__version__, ENGINE_ABI):
+            raise ValueError(
+                f"this process runs editserver {__version__} (engine ABI {ENGINE_ABI}), but the server was configured by "
+                f"{config.version} (ABI {config.abi}); install the same version everywhere"
+            )
+        return config
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> EngineConfig | None:
+        """The configuration inside a ``VllmConfig``, or None when the server was not started for editing."""
+        additional = getattr(vllm_config, "additional_config", None)
+        if not isinstance(additional, Mapping) or KEY not in additional:
+            return None
+        return cls.from_dict(additional[KEY])

@@ -1,0 +1,285 @@
+"""The edit arithmetic on a CPU: one pass per token, compiled with numba.
+
+Semantics (``interventions.program`` has the definitions), as a plain loop over the selected tokens::
+
+    for token t, for channel c of t's program at this layer, in order:
+        a = read_c(h[t]);  x = a
+        for op in ops(c), in order: if selected(op, t) and (a != 0 or not op.only_if_active): x = clip(alpha*x + beta, lo, hi)
+        delta[t] += scale_c(t) * (x - a) * write_c
+
+A token's result depends on nothing but its own h and its own program: batch composition, chunking and neighbours cannot
+change a bit, and prefill and decode run the same instructions in the same order, so a threshold never flips between
+them. One thread on purpose: the work is a few per mille of the model's own, and a second thread pool would fight with
+vLLM's pinned OpenMP threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from interventions.program import ReadKind
+
+F32 = npt.NDArray[np.float32]
+
+NONE, NORM, DOT, LATENT, MEMBER = (int(k) for k in ReadKind)
+PLAIN_INPUT, NORM_RESCALE, LAYER_NORM = 0, 1, 2
+"""How an SAE normalises its input, per token."""
+INPUT_NORMS = {"none": PLAIN_INPUT, "constant_norm_rescale": NORM_RESCALE, "layer_norm": LAYER_NORM}
+LAYER_NORM_EPS = 1e-5
+
+CLAMPED, OVER = 1, 2
+"""Token flags: the dose was scaled down; the dose exceeds a bound that refuses."""
+
+_jit = numba.njit(cache=True, nogil=True, fastmath={"contract"})
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, inline="never")
+def _dot(a: F32, b: F32) -> float:
+    total = np.float32(0.0)
+    for i in range(a.shape[0]):
+        total += a[i] * b[i]
+    return total
+
+
+@_jit
+def _activation(dot: float, gate: F32) -> float:
+    """f(u) = relu(mag_scale·u + mag_bias) · 1[u + gate_bias > threshold]; gate = (gate_bias, threshold, scale, bias)."""
+    if dot + gate[0] > gate[1]:
+        return max(np.float32(0.0), gate[2] * dot + gate[3])
+    return np.float32(0.0)
+
+
+@_jit
+def _normalise(h: F32, kind: int, out: F32) -> float:
+    """Write the SAE's own view of ``h`` into ``out``; return the scale that takes a delta back to the residual stream."""
+    d = h.shape[0]
+    if kind == NORM_RESCALE:
+        norm = math.sqrt(_dot(h, h))
+        scale = np.float32(math.sqrt(d) / norm) if norm > 0 else np.float32(0.0)
+        for i in range(d):
+            out[i] = h[i] * scale
+        return np.float32(norm / math.sqrt(d))
+    mean = np.float32(0.0)
+    for i in range(d):
+        mean += h[i]
+    mean /= np.float32(d)
+    for i in range(d):
+        out[i] = h[i] - mean
+    std = np.float32(math.sqrt(_dot(out, out) / (d - 1)))
+    scale = np.float32(1.0) / (std + np.float32(LAYER_NORM_EPS))
+    for i in range(d):
+        out[i] *= scale
+    return std
+
+
+@_jit
+def edit_tokens(
+    h: F32,
+    token_program: npt.NDArray[np.int32],
+    token_selected: npt.NDArray[np.uint64],
+    members: F32,
+    program_channels: npt.NDArray[np.int32],
+    channel_read: npt.NDArray[np.int8],
+    channel_slot: npt.NDArray[np.int32],
+    channel_norm: npt.NDArray[np.int8],
+    channel_member: npt.NDArray[np.int32],
+    channel_ops: npt.NDArray[np.int32],
+    op_values: F32,
+    op_active: npt.NDArray[np.bool_],
+    op_selector: npt.NDArray[np.int8],
+    op_intervention: npt.NDArray[np.int8],
+    program_dose: F32,
+    program_refuses: npt.NDArray[np.bool_],
+    bank_read: F32,
+    bank_write: F32,
+    bank_gate: F32,
+    delta: F32,
+    fired: npt.NDArray[np.uint64],
+    dose: F32,
+    flags: npt.NDArray[np.uint8],
+    written: npt.NDArray[np.bool_],
+) -> int:
+    """Deltas of all tokens at one layer; returns how many tokens have a non-zero one.
+
+    Args:
+        h: pre-edit residual stream, fp32 ``[n, d]``.
+        token_program: which program each token runs ``[n]``; -1 for none.
+        token_selected: bit s set = selector s of that program selects the token ``[n]``.
+        members: activations of latents whose membership was decided elsewhere, ``[n, m]``.
+        program_channels: CSR ``[programs + 1]`` into the channel arrays ``[channels]``.
+        channel_ops: CSR ``[channels + 1]`` into the op arrays ``[ops]``; ``op_values`` is (alpha, beta, lo, hi).
+        program_dose, program_refuses: bound on ||delta||/||h||, and whether exceeding it is an error.
+        bank_read, bank_write, bank_gate: ``[slots, d]``, ``[slots, d]``, ``[slots, 4]``.
+        delta, fired, dose, flags, written: outputs, ``[n, d]`` and ``[n]``; fully overwritten.
+    """
+    n, d = h.shape
+    scratch = np.empty((3, d), np.float32)
+    n_written = 0
+    for t in range(n):
+        fired[t] = 0
+        dose[t] = 0.0
+        flags[t] = 0
+        written[t] = False
+        program = token_program[t]
+        if program < 0 or token_selected[t] == 0:
+            continue
+        first, last = program_channels[program], program_channels[program + 1]
+        if first == last:
+            continue
+        ht = h[t]
+        dt = delta[t]
+        norm = np.float32(-1.0)
+        back_rescale = np.float32(-1.0)
+        back_layer = np.float32(-1.0)
+        any_write = False
+        for c in range(first, last):
+            selected = False
+            for o in range(channel_ops[c], channel_ops[c + 1]):
+                if (token_selected[t] >> np.uint64(op_selector[o])) & np.uint64(1):
+                    selected = True
+                    break
+            if not selected:
+                continue
+            kind = channel_read[c]
+            slot = channel_slot[c]
+            scale = np.float32(1.0)
+            a = np.float32(0.0)
+            if kind == NORM:
+                if norm < 0:
+                    norm = np.float32(math.sqrt(_dot(ht, ht)))
+                scale = norm
+            elif kind == DOT:
+                a = np.float32(_dot(bank_read[slot], ht))
+            elif kind >= LATENT:
+                view = ht
+                if channel_norm[c] == NORM_RESCALE:
+                    view = scratch[1]
+                    if back_rescale < 0:
+                        back_rescale = np.float32(_normalise(ht, NORM_RESCALE, view))
+                    scale = back_rescale
+                elif channel_norm[c] == LAYER_NORM:
+                    view = scratch[2]
+                    if back_layer < 0:
+                        back_layer = np.float32(_normalise(ht, LAYER_NORM, view))
+                    scale = back_layer
+                if kind == MEMBER:
+                    a = members[t, channel_member[c]]
+                else:
+                    a = np.float32(_activation(_dot(bank_read[slot], view), bank_gate[slot]))
+            x = a
+            changed = np.uint64(0)
+            for o in range(channel_ops[c], channel_ops[c + 1]):
+                if not (token_selected[t] >> np.uint64(op_selector[o])) & np.uint64(1):
+                    continue
+                if op_active[o] and a == 0:
+                    continue
+                new = min(max(op_values[o, 0] * x + op_values[o, 1], op_values[o, 2]), op_values[o, 3])
+                if new != x:
+                    changed |= np.uint64(1) << np.uint64(op_intervention[o])
+                x = new
+            coefficient = scale * (x - a)
+            if coefficient == 0:
+                continue
+            fired[t] |= changed
+            write = bank_write[slot]
+            if any_write:
+                for i in range(d):
+                    dt[i] += coefficient * write[i]
+            else:
+                for i in range(d):
+                    dt[i] = coefficient * write[i]
+                any_write = True
+        if not any_write:
+            fired[t] = 0
+            continue
+        size = np.float32(math.sqrt(_dot(dt, dt)))
+        if size == 0:
+            fired[t] = 0
+            continue
+        if norm < 0:
+            norm = np.float32(math.sqrt(_dot(ht, ht)))
+        ratio = size / norm if norm > 0 else np.float32(np.inf)
+        bound = program_dose[program]
+        if ratio > bound:
+            if program_refuses[program]:
+                flags[t] = OVER
+            else:
+                flags[t] = CLAMPED
+                shrink = bound * norm / size
+                for i in range(d):
+                    dt[i] *= shrink
+                ratio = bound
+        dose[t] = ratio
+        written[t] = True
+        n_written += 1
+    return n_written
+
+
+@_jit
+def read_latents(h: F32, slots: npt.NDArray[np.int32], norm: int, bank_read: F32, bank_gate: F32, out: F32) -> None:
+    """Activations of some latents of one SAE: ``out[t, j] = f_j(h[t])`` with the rows in ``slots``, ``[n, m]``."""
+    n, d = h.shape
+    scratch = np.empty(d, np.float32)
+    for t in range(n):
+        view = h[t]
+        if norm != PLAIN_INPUT:
+            _normalise(h[t], norm, scratch)
+            view = scratch
+        for j in range(slots.shape[0]):
+            out[t, j] = _activation(_dot(bank_read[slots[j]], view), bank_gate[slots[j]])
+
+
+@_jit
+def select_tokens(
+    query_start: npt.NDArray[np.int32],
+    positions: npt.NDArray[np.int64],
+    token_ids: npt.NDArray[Any],
+    row_request: npt.NDArray[np.int32],
+    request_selectors: npt.NDArray[np.int32],
+    selector_intervals: npt.NDArray[np.int32],
+    intervals: npt.NDArray[np.int32],
+    selector_ids: npt.NDArray[np.int32],
+    wanted_ids: npt.NDArray[np.int32],
+    selector_bos: npt.NDArray[np.bool_],
+    token_index: npt.NDArray[np.int64],
+    token_request: npt.NDArray[np.int32],
+    token_selected: npt.NDArray[np.uint64],
+) -> int:
+    """The step's plan: which tokens of the flat batch belong to requests with a program, and what selects them.
+
+    Bit s of ``token_selected`` is set when selector s of the token's own request holds at the token's own position.
+    Rows of the batch are ``query_start[r] … query_start[r + 1]``; ``row_request[r]`` is the resident request or -1.
+    ``intervals`` is ``[k, 2]``; selectors of request q are ``request_selectors[q] … request_selectors[q + 1]``.
+    Returns the number of planned tokens (prefix of the three outputs).
+    """
+    n = 0
+    for r in range(row_request.shape[0]):
+        q = row_request[r]
+        if q < 0:
+            continue
+        for t in range(query_start[r], query_start[r + 1]):
+            bits = np.uint64(0)
+            position = positions[t]
+            for s in range(request_selectors[q], request_selectors[q + 1]):
+                hit = False
+                for k in range(selector_intervals[s], selector_intervals[s + 1]):
+                    if intervals[k, 0] <= position < intervals[k, 1]:
+                        hit = True
+                        break
+                if not hit and (position > 0 or selector_bos[s]):
+                    for k in range(selector_ids[s], selector_ids[s + 1]):
+                        if wanted_ids[k] == token_ids[t]:
+                            hit = True
+                            break
+                if hit:
+                    bits |= np.uint64(1) << np.uint64(s - request_selectors[q])
+            token_index[n] = t
+            token_request[n] = q
+            token_selected[n] = bits
+            n += 1
+    return n

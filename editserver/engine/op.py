@@ -1,0 +1,58 @@
+"""The custom op that sits in the compiled graph after each armed layer.
+
+``editserver::edit(hidden!, residual!, layer)`` and ``editserver::edit_stream(hidden!, layer)`` mutate their tensors and
+return nothing. The state that they act on is looked up when they run, never when they are traced: what a program says
+is data, and the graph is the same for everybody. (Registered with ``torch.library.Library`` directly: it dispatches
+faster than the decorator, cf. vllm/utils/torch_utils.py:1068.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from editserver.engine.worker import EngineWorker
+
+_library = torch.library.Library("editserver", "FRAGMENT")
+_library.define("edit(Tensor(a!) hidden, Tensor(b!) residual, int layer) -> ()")
+_library.define("edit_stream(Tensor(a!) hidden, int layer) -> ()")
+
+_worker: EngineWorker | None = None
+
+
+def install(worker: EngineWorker) -> None:
+    """Make ``worker`` the one that this process's ops act through."""
+    global _worker
+    _worker = worker
+
+
+def current() -> EngineWorker | None:
+    """The worker installed in this process, if any."""
+    return _worker
+
+
+def _require() -> EngineWorker:
+    if _worker is None:
+        raise RuntimeError("an armed layer ran in a process that has no editserver engine")
+    return _worker
+
+
+def _edit(hidden: torch.Tensor, residual: torch.Tensor, layer: int) -> None:
+    _require().run(layer, hidden, residual)
+
+
+def _edit_stream(hidden: torch.Tensor, layer: int) -> None:
+    _require().run(layer, hidden.view(-1, hidden.shape[-1]), None)
+
+
+def _edit_fake(hidden: torch.Tensor, residual: torch.Tensor, layer: int) -> None:
+    return None
+
+
+def _edit_stream_fake(hidden: torch.Tensor, layer: int) -> None:
+    return None
+
+
+_library.impl("edit", _edit, "CPU")
+_library.impl("edit_stream", _edit_stream, "CPU")
+torch.library.register_fake("editserver::edit", _edit_fake, lib=_library)
+torch.library.register_fake("editserver::edit_stream", _edit_stream_fake, lib=_library)

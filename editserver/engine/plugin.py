@@ -1,0 +1,19 @@
+"""Entry point of vLLM's ``vllm.general_plugins``: loaded in the API process, the engine core and every worker.
+
+vLLM swallows an exception raised while *importing* an entry point and would go on unedited, so this module imports
+nothing that can fail; what can fail happens inside :func:`register`, whose exceptions stop the process.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Install the wraps; idempotent. Raises when the installed vLLM is not one this editserver knows."""
+    from editserver.engine.compat import core, handshake, load, signatures
+    from editserver.engine.compat.version import check_vllm
+
+    check_vllm()
+    signatures.check()
+    core.install()
+    load.install()
+    handshake.install()

@@ -1,0 +1,93 @@
+"""The bank's rows as the kernel reads them, and the dictionaries that they come from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from editserver.engine.config import EngineConfig
+from editserver.engine.kernel_cpu import INPUT_NORMS
+from interventions.program import parse_feature_key
+import sae_weights
+
+
+class Dictionaries:
+    """The server's SAEs by content digest, opened read-only by every process that needs them."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._saes: dict[str, sae_weights.SAE] = {}
+        self._full: set[str] = set()
+        for source in config.saes:
+            sae = sae_weights.load_sae(source.path)
+            if sae.digest != source.digest:
+                raise ValueError(
+                    f"SAE {source.id} at {source.path} has digest {sae.digest[:12]}…, but the server was started with "
+                    f"{source.digest[:12]}…; the files differ between processes"
+                )
+            self._saes[sae.digest] = sae
+            if source.id in config.full_encode:
+                self._full.add(sae.digest)
+
+    @property
+    def digests(self) -> list[str]:
+        """Digests of all dictionaries, sorted."""
+        return sorted(self._saes)
+
+    def __getitem__(self, digest: str) -> sae_weights.SAE:
+        try:
+            return self._saes[digest]
+        except KeyError:
+            raise KeyError(f"no SAE with digest {digest[:12]}… on this worker") from None
+
+    def full_encode(self, digest: str, h: torch.Tensor) -> torch.Tensor:
+        """All activations ``[n, n_features]`` (fp32) of the SAE for ``h [n, d]``; refuses SAEs it is not enabled for."""
+        if digest not in self._full:
+            raise ValueError(f"the full-encode path is off for the SAE {digest[:12]}…")
+        return self[digest].encode(h)
+
+    def input_norm(self, digest: str) -> int:
+        """How the SAE normalises its input, as the kernel's code."""
+        return INPUT_NORMS[self[digest].input_norm]
+
+
+class RowBank:
+    """Read row, write row and gate of every slot, fp32, at fixed addresses: ``[rows, d]``, ``[rows, d]``, ``[rows, 4]``."""
+
+    def __init__(self, rows: int, d_model: int, dictionaries: Dictionaries) -> None:
+        self.read = torch.zeros(rows, d_model)
+        self.write = torch.zeros(rows, d_model)
+        self.gate = torch.zeros(rows, 4)
+        self._content: list[str | None] = [None] * rows
+        self._dictionaries = dictionaries
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the bank."""
+        return sum(t.numel() * t.element_size() for t in (self.read, self.write, self.gate))
+
+    def upload(self, keys: Sequence[str], slots: Sequence[int], vectors: Mapping[str, bytes]) -> int:
+        """Make ``slots[i]`` hold the row ``keys[i]``; rows that are already there stay. Returns how many were written."""
+        missing = [(k, s) for k, s in zip(keys, slots, strict=True) if self._content[s] != k]
+        features: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for key, slot in missing:
+            if key in vectors:
+                values = torch.frombuffer(bytearray(vectors[key]), dtype=torch.float32)
+                if values.shape != self.read[slot].shape:
+                    raise ValueError(f"row {key[:14]}… has {values.numel()} values, expected {self.read.shape[1]}")
+                self.read[slot] = values
+                self.write[slot] = values
+                self.gate[slot] = 0.0
+            else:
+                digest, index = parse_feature_key(key)
+                features[digest].append((index, slot))
+        for digest, wanted in features.items():
+            rows = self._dictionaries[digest].rows([index for index, _ in wanted])
+            at = torch.tensor([slot for _, slot in wanted])
+            self.read[at] = rows.encoder
+            self.write[at] = rows.decoder
+            self.gate[at] = torch.stack((rows.gate_bias, rows.threshold, rows.mag_scale, rows.mag_bias), dim=1)
+        for key, slot in missing:
+            self._content[slot] = key
+        return len(missing)

@@ -1,0 +1,43 @@
+"""What crosses the process borders: the request's payload on the way in, step records on the way out.
+
+In: ``SamplingParams.extra_args[KEY]`` = bytes of :class:`interventions.program.Payload`.
+Out: per request and step one :class:`StepRecord`; the core passes a list of them with each output of the request.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+KEY = "editserver"
+"""Our key in ``extra_args``, ``additional_config`` and ``kv_transfer_params``."""
+
+
+class StepRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What one step did to the tokens at positions ``start … start + n - 1`` of one request.
+
+    Arrays are little-endian and row-major. ``layers`` counts the program's own layers, in program order.
+    """
+
+    start: int
+    n: int
+    fired: bytes
+    """uint64 ``[layers, n]``: bit i = intervention i changed something at this token and layer."""
+    dose: bytes
+    """float32 ``[layers, n]``: ||delta|| / ||h||."""
+    clamped: bytes
+    """uint8 ``[layers, n]``: 1 where the dose was scaled down, 2 where it exceeds a refusing program's bound."""
+    reads: tuple[tuple[bytes, bytes, bytes], ...] = ()
+    """Per inspection: float32 ``[n, features]``, then top-k int32 ``[n, k]`` and float32 ``[n, k]``."""
+
+
+_records = msgspec.msgpack.Decoder(list[StepRecord])
+
+
+def encode_records(records: list[StepRecord]) -> bytes:
+    """Serialise the records of one request for one output."""
+    return msgspec.msgpack.encode(records)
+
+
+def decode_records(data: bytes) -> list[StepRecord]:
+    """Inverse of :func:`encode_records`."""
+    return _records.decode(data)

@@ -1,0 +1,294 @@
+"""One worker's engine: what the custom op calls, and what each step reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from editserver.engine.config import EngineConfig
+from editserver.engine.journal import NOT_SELECTED
+from editserver.engine.kernel_cpu import PLAIN_INPUT, edit_tokens, read_latents
+from editserver.engine.plan import Plan, Segment
+from editserver.engine.resident import LayerTable, Resident, ResidentSet
+from editserver.engine.rows import Dictionaries, RowBank
+from editserver.engine.wire import StepRecord
+from interventions.program import Payload, Read, feature_key
+
+FULL_ENCODE_CHUNK = 256
+"""Tokens per dense product of the full-encode path: bounds its memory at chunk × n_features × 4 bytes."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class LayerOutcome:
+    """What happened at one layer in this step, over the plan's compact tokens ``[n]``."""
+
+    fired: Array
+    dose: Array
+    flags: Array
+
+
+@dataclass
+class Reading:
+    """What one inspection saw in this step: float32 ``[n, features]``, int32 and float32 ``[n, k]``."""
+
+    listed: Array
+    top_index: Array
+    top_value: Array
+
+
+class EngineWorker:
+    """Everything that one worker process needs in order to edit: rows, resident programs, the plan of the step.
+
+    Attributes:
+        config: what the server was started with.
+        visits: how often each armed layer's op ran since :meth:`count_visits`; proves that the compiled graph calls it.
+    """
+
+    def __init__(self, config: EngineConfig, d_model: int, dtype: torch.dtype, max_tokens: int) -> None:
+        self.config = config
+        self.d_model = d_model
+        self.dtype = dtype
+        self.dictionaries = Dictionaries(config)
+        self.bank = RowBank(config.bank_rows, d_model, self.dictionaries)
+        self.residents = ResidentSet(self.dictionaries, config.armed)
+        self.plan = Plan(max_tokens)
+        self.visits: dict[int, int] = dict.fromkeys(config.armed, 0)
+        self._outcomes: dict[int, LayerOutcome] = {}
+        self._readings: dict[tuple[int, int], Reading] = {}
+        self._delta = np.zeros((max_tokens, d_model), np.float32)
+        self._counting = False
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def add_request(self, request_id: str, payload: Payload, slots: list[int], prompt_len: int) -> None:
+        """Make a request resident and its rows present. ``slots[i]`` belongs to ``payload.row_keys[i]``."""
+        keys = payload.row_keys
+        self.bank.upload(keys, slots, payload.program.vectors if payload.program else {})
+        self.residents.add(Resident(request_id, payload, prompt_len, dict(zip(keys, slots, strict=True))))
+
+    def remove_request(self, request_id: str) -> None:
+        """Forget a finished or aborted request."""
+        self.residents.remove(request_id)
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def begin_step(
+        self,
+        request_ids: list[str],
+        query_start: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int64],
+        token_ids: Array,
+    ) -> None:
+        """Plan the forward pass that follows; arguments as in :meth:`Plan.build`."""
+        self._outcomes.clear()
+        self._readings.clear()
+        self.plan.build(self.residents, request_ids, query_start, positions, token_ids)
+
+    def idle_step(self) -> None:
+        """The forward pass that follows is a dummy: nothing is edited, nothing is reported."""
+        self._outcomes.clear()
+        self._readings.clear()
+        self.plan.clear()
+
+    def count_visits(self) -> None:
+        """Count the ops' runs from now on (the handshake)."""
+        self.visits = dict.fromkeys(self.config.armed, 0)
+        self._counting = True
+
+    def run(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """The op's body: edit and read at ``layer``, in place.
+
+        Args:
+            hidden: ``[tokens, d]``; with a ``residual``, the residual stream is their sum (most families).
+            residual: ``[tokens, d]`` or None when ``hidden`` already is the residual stream.
+
+        Writes collapse: ``residual' = dtype(h + delta)`` and ``hidden' = 0`` for the tokens with a non-zero delta; no
+        other token is touched.
+        """
+        if self._counting:
+            self.visits[layer] += 1
+        plan = self.plan
+        if not plan.active:
+            return
+        table = self.residents.layers[layer]
+        reads = self.residents.reads[layer]
+        if table is None and not reads:
+            return
+        if hidden.shape[-1] != self.d_model or hidden.shape[0] < plan.n:
+            raise RuntimeError(
+                f"layer {layer} returned a hidden state of shape {tuple(hidden.shape)} for a plan of {plan.n} tokens of "
+                f"width {self.d_model}: this model's layers do not carry the whole residual stream"
+            )
+        if plan.dense:
+            at: slice | torch.Tensor = slice(0, plan.n)
+        else:
+            at = plan.index
+        stream = hidden[at].float()
+        if residual is not None:
+            stream = stream + residual[at].float()
+        h = stream.to(self.dtype).float() if self.dtype != torch.float32 else stream
+        before = [(i, n, read) for i, n, read in reads if not read.after]
+        self._read(before, h)
+        edited = h
+        if table is not None:
+            edited = self._edit(layer, table, h, at, hidden, residual)
+        self._read([(i, n, read) for i, n, read in reads if read.after], edited)
+
+    def _edit(
+        self,
+        layer: int,
+        table: LayerTable,
+        h: torch.Tensor,
+        at: slice | torch.Tensor,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> torch.Tensor:
+        n = self.plan.n
+        outcome = LayerOutcome(np.zeros(n, np.uint64), np.zeros(n, np.float32), np.zeros(n, np.uint8))
+        written = np.zeros(n, np.bool_)
+        delta = self._delta[:n]
+        count = edit_tokens(
+            h.numpy(),
+            self.plan.request,
+            self.plan.selected,
+            self._members(table, h),
+            table.programs,
+            table.read,
+            table.slot,
+            table.norm,
+            table.member,
+            table.ops,
+            table.values,
+            table.active,
+            table.selector,
+            table.intervention,
+            self.residents.dose,
+            self.residents.refuses,
+            self.bank.read.numpy(),
+            self.bank.write.numpy(),
+            self.bank.gate.numpy(),
+            delta,
+            outcome.fired,
+            outcome.dose,
+            outcome.flags,
+            written,
+        )
+        self._outcomes[layer] = outcome
+        if not count:
+            return h
+        stream = hidden if residual is None else residual
+        if count == n:
+            edited = (h + torch.from_numpy(delta)).to(self.dtype)
+            stream[at] = edited
+            if residual is not None:
+                hidden[at] = 0
+            return edited.float()
+        rows = torch.from_numpy(np.flatnonzero(written))
+        edited = (h[rows] + torch.from_numpy(delta[written])).to(self.dtype)
+        target = rows if isinstance(at, slice) else at[rows]
+        stream[target] = edited
+        if residual is not None:
+            hidden[target] = 0
+        after = h.clone()
+        after[rows] = edited.float()
+        return after
+
+    def _members(self, table: LayerTable, h: torch.Tensor) -> Array:
+        """Activations that depend on a whole dictionary, ``[n, columns]``, computed per request (never across)."""
+        members = np.zeros((self.plan.n if table.n_members else 0, table.n_members), np.float32)
+        for segment in self.plan.segments:
+            for digest in dict.fromkeys(d for d, _, _ in table.member_columns.get(segment.index, ())):
+                columns = [(f, c) for d, f, c in table.member_columns[segment.index] if d == digest]
+                features = torch.tensor([f for f, _ in columns])
+                for chunk in _chunks(segment.tokens):
+                    acts = self.dictionaries.full_encode(digest, h[chunk])
+                    members[chunk, [c for _, c in columns]] = acts[:, features].numpy()
+        return members
+
+    def _read(self, reads: list[tuple[int, int, Read]], h: torch.Tensor) -> None:
+        if not reads:
+            return
+        segments = {s.index: s for s in self.plan.segments}
+        for index, number, read in reads:
+            segment = segments.get(index)
+            if segment is not None:
+                self._readings[index, number] = self._reading(segment, number, read, h[segment.tokens])
+
+    def _reading(self, segment: Segment, number: int, read: Read, h: torch.Tensor) -> Reading:
+        n = len(h)
+        wanted = self.plan.selected[segment.tokens] & segment.resident.read_bit(number) != 0
+        listed = np.full((n, len(read.features)), np.nan, np.float32)
+        top_index = np.full((n, read.top_k), NOT_SELECTED, np.int32)
+        top_value = np.zeros((n, read.top_k), np.float32)
+        rows = np.flatnonzero(wanted)
+        sae = self.dictionaries[read.sae]
+        if len(rows) and len(read.features) and sae.row_separable:
+            slots = np.array([segment.resident.slots[feature_key(read.sae, f)] for f in read.features], np.int32)
+            values = np.empty((len(rows), len(slots)), np.float32)
+            norm = self.dictionaries.input_norm(read.sae)
+            read_latents(h.numpy()[rows], slots, norm, self.bank.read.numpy(), self.bank.gate.numpy(), values)
+            listed[rows] = values
+        if len(rows) and (read.top_k or (len(read.features) and not sae.row_separable)):
+            features = torch.tensor(read.features, dtype=torch.long)
+            for start in range(0, len(rows), FULL_ENCODE_CHUNK):
+                chunk = rows[start : start + FULL_ENCODE_CHUNK]
+                acts = self.dictionaries.full_encode(read.sae, h[torch.from_numpy(chunk)])
+                if len(features) and not sae.row_separable:
+                    listed[chunk] = acts[:, features].numpy()
+                if read.top_k:
+                    best = acts.abs().topk(min(read.top_k, sae.n_features), dim=1).indices
+                    top_index[chunk, : best.shape[1]] = best.numpy()
+                    top_value[chunk, : best.shape[1]] = acts.gather(1, best).numpy()
+        return Reading(listed, top_index, top_value)
+
+    def end_step(self) -> dict[str, StepRecord]:
+        """Request id → what this step did to its tokens. Raises if an armed layer that had work did not run."""
+        if not self.plan.active:
+            return {}
+        due = {layer for layer, table in self.residents.layers.items() if table is not None}
+        if missed := due - self._outcomes.keys():
+            raise RuntimeError(f"the edit op of layers {sorted(missed)} did not run in this step: the model is not armed")
+        records: dict[str, StepRecord] = {}
+        for segment in self.plan.segments:
+            records[segment.resident.request_id] = self._record(segment)
+        self.plan.clear()
+        return records
+
+    def _record(self, segment: Segment) -> StepRecord:
+        program = segment.resident.payload.program
+        outcomes = [self._outcomes[lp.layer] for lp in program.layers] if program else []
+        tokens = segment.tokens
+        reads: list[tuple[bytes, bytes, bytes]] = []
+        for number in range(len(segment.resident.payload.reads)):
+            reading = self._readings[segment.index, number]
+            reads.append((reading.listed.tobytes(), reading.top_index.tobytes(), reading.top_value.tobytes()))
+        return StepRecord(
+            segment.first_position,
+            tokens.stop - tokens.start,
+            b"".join(o.fired[tokens].tobytes() for o in outcomes),
+            b"".join(o.dose[tokens].tobytes() for o in outcomes),
+            b"".join(o.flags[tokens].tobytes() for o in outcomes),
+            tuple(reads),
+        )
+
+    # -- proof --------------------------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Compile the kernels now, so that the first edited request does not wait for it."""
+        h = torch.zeros(1, self.d_model)
+        empty = np.zeros(0, np.int32)
+        out = np.empty((1, 0), np.float32)
+        read_latents(h.numpy(), empty, PLAIN_INPUT, self.bank.read.numpy(), self.bank.gate.numpy(), out)
+
+
+def _chunks(tokens: slice) -> list[slice]:
+    return [
+        slice(start, min(start + FULL_ENCODE_CHUNK, tokens.stop))
+        for start in range(tokens.start, tokens.stop, FULL_ENCODE_CHUNK)
+    ]
