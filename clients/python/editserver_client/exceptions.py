@@ -21,8 +21,6 @@ code `dose_exceeded`, …). Arguments that can be seen to be wrong before anythi
 
 from __future__ import annotations
 
-# ruff: noqa: N818  (the HTTP status names itself: NotFound, not NotFoundError)
-
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime

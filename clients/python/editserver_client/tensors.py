@@ -111,11 +111,15 @@ def _listed(values: Any) -> Any:
     if isinstance(values, SupportsToList):
         return values.tolist()
     try:
-        return memoryview(values).tolist()
+        view = memoryview(values)
     except TypeError:
         raise ValueError(
             f"expected numbers, an object with .tolist() or a buffer, got {type(values).__name__}"
         ) from None
+    order, code = (view.format[0], view.format[1:]) if view.format[0] in "@=<>!" else ("@", view.format)
+    if order == "@" or view.ndim != 1:
+        return view.tolist()
+    return list(struct.unpack(f"{order}{len(view)}{code}", view.tobytes()))  # memoryview knows native order only
 
 
 def _is_nested(row: Any) -> bool:

@@ -135,7 +135,7 @@ class Transcript(Generic[ResponseT]):
 
     def choice(self, index: int) -> StreamedChoice:
         """The choice `index`; empty before its first event."""
-        return self._choices.setdefault(index, StreamedChoice())
+        return self._choices.get(index) or StreamedChoice()
 
     @property
     def choices(self) -> list[StreamedChoice]:
@@ -164,6 +164,9 @@ class Transcript(Generic[ResponseT]):
             raise UnexpectedResponse(f"not a chunk of a completion: {error}") from error
         return self._take(chunk)
 
+    def _growing(self, index: int) -> StreamedChoice:
+        return self._choices.setdefault(index, StreamedChoice())
+
     def _take(self, chunk: _Chunk) -> list[Event]:
         for name in ("id", "created", "model", "system_fingerprint"):
             value = getattr(chunk, name)
@@ -173,10 +176,10 @@ class Transcript(Generic[ResponseT]):
         for piece in chunk.choices:
             self._take_choice(piece, events)
         if chunk.inspection is not None:
-            for reading in self.choice(chunk.choice)._add_inspection(chunk.inspection):
+            for reading in self._growing(chunk.choice)._add_inspection(chunk.inspection):
                 events.append(InspectionEvent(chunk.choice, reading.tokens, reading.sae))
         if chunk.interventions is not None:
-            self.choice(chunk.choice).receipt = chunk.interventions
+            self._growing(chunk.choice).receipt = chunk.interventions
             events.append(ReceiptEvent(chunk.choice, chunk.interventions))
         if chunk.usage is not None:  # with continuous_usage_stats every chunk has it: the last one counts
             self.usage = chunk.usage
@@ -185,7 +188,7 @@ class Transcript(Generic[ResponseT]):
         return events
 
     def _take_choice(self, piece: _ChunkChoice, events: list[Event]) -> None:
-        choice, delta = self.choice(piece.index), piece.delta or _Delta()
+        choice, delta = self._growing(piece.index), piece.delta or _Delta()
         choice.role = delta.role or choice.role
         reasoning = delta.reasoning or delta.reasoning_content
         if reasoning:
