@@ -9,7 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENT := clients/python
 READY := $(VENV)/.ready
-SETUP_INPUTS := requirements/cpu.lock pyproject.toml $(CLIENT)/pyproject.toml tools/setup_venv.py
+LOCKS := requirements/cpu.lock requirements/dev.lock
+SETUP_INPUTS := $(LOCKS) pyproject.toml $(CLIENT)/pyproject.toml tools/setup_venv.py
 ORACLE := .venv-oracle
 ORACLE_READY := $(ORACLE)/.ready
 
@@ -21,20 +22,20 @@ PYTEST_ARGS ?=
 .PHONY: help setup setup-oracle demo test bench lint format lock clean
 
 help:
-	@echo 'make setup   build .venv from the pinned CPU lock (a few minutes, once)'
+	@echo 'make setup   build .venv from the pinned CPU locks (a few minutes, once)'
 	@echo 'make demo    serve a small chat model on CPU and show one answer plain and one edited'
 	@echo 'make test    lint, types, import direction and every test, the real engine included'
 	@echo 'make bench   throughput against vLLM without the plugin'
 	@echo 'make lint    ruff, mypy --strict, import-linter (make format rewrites)'
-	@echo 'make lock    resolve requirements/cpu.lock anew'
+	@echo 'make lock    resolve requirements/*.lock anew'
 
 setup: $(READY)
 
 $(READY): $(SETUP_INPUTS)
 	@command -v $(PYTHON) >/dev/null || { echo 'setup: $(PYTHON) is not on this machine; install Python 3.11 (Debian: apt install python3.11 python3.11-venv) or name yours: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo 'setup: $(PYTHON) is not Python 3.11, the version that requirements/cpu.lock pins packages for; name one that is: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo 'setup: $(PYTHON) is not Python 3.11, the version that requirements/*.lock pin packages for; name one that is: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'setup: $(PYTHON) cannot create a virtual environment; install its venv module (Debian: apt install python3.11-venv)' >&2; exit 1; }
-	@$(BIN)/python tools/setup_venv.py requirements/cpu.lock . $(CLIENT)
+	@$(BIN)/python tools/setup_venv.py $(LOCKS) . $(CLIENT)
 	@touch $@
 
 # sae-lens, which tests compare with, brings half a data-science stack: it lies on top of $(VENV), which never sees it.

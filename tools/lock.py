@@ -1,10 +1,10 @@
-"""Pin everything the environments install: ``make lock`` writes ``requirements/cpu.lock`` and ``oracle.lock``.
+"""Pin everything the environments install: ``make lock`` writes ``requirements/{cpu,dev,oracle}.lock``.
 
-pip resolves an environment's requirements together (``pip install --dry-run --report``): for ``cpu`` the project's
-dependencies, its extras ``cpu`` and ``dev`` and the pins in ``pyproject.toml`` (``[tool.editserver.lock.cpu]``); for
-``oracle`` the pins of that name, constrained by ``cpu.lock``, because that environment lies on top of the first and
-lists only what it adds. Packages named as ``leave-out`` are then taken out along with whatever only they needed, and
-those ``without-dependencies`` are added. A lock names every package, so it is installed with ``--no-deps``.
+Each lock lies on top of the ones before it: pip resolves its requirements with those as constraints
+(``pip install --dry-run --report``), and it lists only what it adds. What a lock is for stands in ``pyproject.toml``
+(``[tool.editserver.lock.NAME]``): extras of this project, exact pins, packages to ``leave-out`` along with whatever
+only they need, and packages wanted ``without-dependencies``. A lock names every package, so it is installed with
+``--no-deps``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from pip._vendor.packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "requirements"
-EXTRAS = ("cpu", "dev")
 HEADER = """\
-# Every package {adds}, for Python 3.11 on Linux x86_64. Made by `make lock` from pyproject.toml;
-# installed by `make setup` with --no-deps. Left out on purpose: {left_out}.
+# Python 3.11, Linux x86_64. Made by `make lock` from [tool.editserver.lock.{name}] in pyproject.toml; complete on top of
+# the locks before it (cpu, dev, oracle), so installed with --no-deps. Left out on purpose: {left_out}.
 """
 
 
@@ -55,36 +55,29 @@ def reachable(roots: list[str], resolved: dict[str, Any], leave_out: set[str]) -
     return {name for name, _ in seen}
 
 
-def pinned_lines(roots: list[str], settings: dict[str, list[str]], *options: str) -> list[str]:
-    """``name==version`` for every package that ``roots`` need under an environment's ``settings``."""
-    leave_out = {canonicalize_name(name) for name in settings["leave-out"]}
-    resolved = resolve(roots, *options)
-    lines = [f"{name}=={resolved[name]['version']}" for name in reachable(roots, resolved, leave_out)]
-    return sorted([*lines, *settings["without-dependencies"]], key=lambda line: line.partition("==")[0])
-
-
-def write_lock(name: str, adds: str, lines: list[str], left_out: list[str]) -> Path:
-    path = LOCKS / f"{name}.lock"
-    LOCKS.mkdir(exist_ok=True)
-    path.write_text(HEADER.format(adds=adds, left_out=", ".join(left_out)) + "\n".join(lines) + "\n")
-    print(f"{path.relative_to(ROOT)}: {len(lines)} packages")
-    return path
-
-
 def main() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         pyproject = tomllib.load(file)
-    project, locks = pyproject["project"], pyproject["tool"]["editserver"]["lock"]
-
-    roots = [*project["dependencies"], *locks["cpu"]["pins"]]
-    for extra in EXTRAS:
-        roots += project["optional-dependencies"][extra]
-    base = pinned_lines(roots, locks["cpu"], "--only-binary", ":all:")
-    constraints = write_lock("cpu", "of the CPU environment", base, locks["cpu"]["leave-out"])
-
-    oracle = pinned_lines(locks["oracle"]["pins"], locks["oracle"], "--constraint", str(constraints))
-    added = [line for line in oracle if line not in base]
-    write_lock("oracle", "that sae-lens needs on top of cpu.lock", added, locks["oracle"]["leave-out"])
+    project = pyproject["project"]
+    LOCKS.mkdir(exist_ok=True)
+    pinned: list[str] = []
+    for name, settings in pyproject["tool"]["editserver"]["lock"].items():
+        roots = [*settings["pins"]]
+        for extra in settings["extras"]:
+            roots += project["optional-dependencies"][extra]
+        if not pinned:
+            roots += project["dependencies"]
+        leave_out = {canonicalize_name(package) for package in settings["leave-out"]}
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+            constraints.write("\n".join(pinned))
+            constraints.flush()
+            resolved = resolve(roots, "--constraint", constraints.name)
+        lines = [f"{package}=={resolved[package]['version']}" for package in reachable(roots, resolved, leave_out)]
+        added = sorted({*lines, *settings["without-dependencies"]} - {*pinned}, key=lambda line: line.partition("==")[0])
+        pinned += added
+        header = HEADER.format(name=name, left_out=", ".join(settings["leave-out"]) or "nothing")
+        (LOCKS / f"{name}.lock").write_text(header + "\n".join(added) + "\n")
+        print(f"requirements/{name}.lock: {len(added)} packages")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Fill the virtual environment this Python belongs to from a lock: ``python tools/setup_venv.py LOCK [PROJECT …]``.
+"""Fill the virtual environment this Python belongs to: ``python tools/setup_venv.py LOCK… [PROJECT…]``.
 
 torch goes first, because its CPU build is not on PyPI. pip's own configuration is tried before anything else
-(a company mirror, a folder of wheels), then PyTorch's public index of CPU wheels. The rest of the lock follows with
-``--no-deps``: the lock is complete, and resolving again would bring back what it leaves out. Last come the projects
+(a company mirror, a folder of wheels), then PyTorch's public index of CPU wheels. The rest of the locks follows with
+``--no-deps``: they are complete, and resolving again would bring back what they leave out. Last come the projects
 (folders with a ``pyproject.toml``), editable.
 """
 
@@ -52,15 +52,17 @@ def install_torch(pin: str) -> None:
 def main() -> None:
     if sys.prefix == sys.base_prefix:
         sys.exit("setup: this Python is not in a virtual environment; run `make setup` instead.")
-    lock, projects = Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]]
-    for line in lock.read_text().splitlines():
-        if line.startswith("torch=="):
-            install_torch(line)
-    print(f"installing {lock}", flush=True)
-    if not pip("--quiet", "--no-deps", "--requirement", str(lock)):
-        sys.exit(f"setup: a package of {lock} could not be installed; pip's message is above.")
+    locks = [argument for argument in sys.argv[1:] if argument.endswith(".lock")]
+    projects = [argument for argument in sys.argv[1:] if not argument.endswith(".lock")]
+    for lock in locks:
+        for line in Path(lock).read_text(encoding="utf-8").splitlines():
+            if line.startswith("torch=="):
+                install_torch(line)
+        print(f"installing {lock}", flush=True)
+        if not pip("--quiet", "--no-deps", "--requirement", lock):
+            sys.exit(f"setup: a package of {lock} could not be installed; pip's message is above.")
     for project in projects:
-        if not pip("--quiet", "--no-deps", "--no-build-isolation", "--editable", str(project)):
+        if not pip("--quiet", "--no-deps", "--no-build-isolation", "--editable", project):
             sys.exit(f"setup: {project} could not be installed; pip's message is above.")
 
 
