@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_weights.errors import SAEFormatError
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+# safetensors' floating dtypes: integers of their width, for numpy (which lacks bfloat16), and torch's dtype.
+_STORED_AS: dict[str, tuple[type, torch.dtype]] = {
+    "F64": (np.int64, torch.float64),
+    "F32": (np.int32, torch.float32),
+    "F16": (np.int16, torch.float16),
+    "BF16": (np.int16, torch.bfloat16),
+}
 
 
 class TensorFile:
@@ -24,6 +33,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._map: mmap.mmap | None = None
         try:
             self._stamp = _stamp(path)
             file: Any = cast(Any, safe_open)(path, framework="pt")
@@ -47,9 +57,9 @@ class TensorFile:
             )
         if self.shapes[name] not in shapes:
             raise SAEFormatError(f"{self.path}: tensor {name!r} has shape {self.shapes[name]}; expected {wanted}")
-        if self.dtypes[name] not in _FLOATS:
+        if self.dtypes[name] not in _STORED_AS:
             raise SAEFormatError(
-                f"{self.path}: tensor {name!r} has dtype {self.dtypes[name]}; expected {', '.join(sorted(_FLOATS))}"
+                f"{self.path}: tensor {name!r} has dtype {self.dtypes[name]}; expected {', '.join(_STORED_AS)}"
             )
 
     def tensor(self, name: str) -> Tensor:
@@ -68,20 +78,37 @@ class TensorFile:
         """Columns of a matrix, transposed: [m, rows]."""
         if isinstance(columns, slice):
             return self._part(name, (slice(None), columns)).T
-        if not columns:
-            return self._part(name, (slice(None), slice(0, 0))).T
-        return torch.cat([self._part(name, (slice(None), slice(i, i + 1))).T for i in columns])
+        self._refuse_change()
+        # One page per row and column: without read-ahead, which would read the whole file around them.
+        numbers, dtype = _STORED_AS[self.dtypes[name]]
+        chosen: np.ndarray[Any, Any] = self._matrix(name, numbers)[:, columns]
+        return torch.from_numpy(chosen.T.copy()).view(dtype)
+
+    def _matrix(self, name: str, numbers: type) -> np.ndarray[Any, Any]:
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                self._header = json.loads(file.read(header_bytes))
+                self._data_start = 8 + header_bytes
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map.madvise(mmap.MADV_RANDOM)
+        shape = self.shapes[name]
+        start = self._data_start + self._header[name]["data_offsets"][0]
+        return np.frombuffer(self._map, numbers, shape[0] * shape[1], start).reshape(shape)
 
     def _part(self, name: str, where: Any) -> Tensor:
+        self._refuse_change()
+        # A copy: the memory map must not outlive a replaced file inside some tensor.
+        part: Tensor = self._slices[name][where].clone()
+        return part
+
+    def _refuse_change(self) -> None:
         try:
             unchanged = _stamp(self.path) == self._stamp
         except OSError:
             unchanged = False
         if not unchanged:
             raise SAEFormatError(f"{self.path}: changed on disk since it was opened; open the SAE again")
-        # A copy: the memory map must not outlive a replaced file inside some tensor.
-        part: Tensor = self._slices[name][where].clone()
-        return part
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
