@@ -23,8 +23,8 @@ from pip._vendor.packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "requirements"
 HEADER = """\
-# Python 3.11, Linux x86_64. Made by `make lock` from [tool.editserver.lock.{name}] in pyproject.toml; complete on top of
-# the locks before it (cpu, dev, oracle), so installed with --no-deps. Left out on purpose: {left_out}.
+# Python 3.11, Linux x86_64. Made by `make lock` from [tool.editserver.lock.{name}] in pyproject.toml; complete on
+# top of the locks before it (cpu, dev, oracle), so installed with --no-deps. Left out on purpose: {left_out}.
 """
 
 
@@ -73,7 +73,9 @@ def main() -> None:
             constraints.flush()
             resolved = resolve(roots, "--constraint", constraints.name)
         lines = [f"{package}=={resolved[package]['version']}" for package in reachable(roots, resolved, leave_out)]
-        added = sorted({*lines, *settings["without-dependencies"]} - {*pinned}, key=lambda line: line.partition("==")[0])
+        added = sorted(
+            {*lines, *settings["without-dependencies"]} - {*pinned}, key=lambda line: line.partition("==")[0]
+        )
         pinned += added
         header = HEADER.format(name=name, left_out=", ".join(settings["leave-out"]) or "nothing")
         (LOCKS / f"{name}.lock").write_text(header + "\n".join(added) + "\n")
