@@ -41,7 +41,7 @@ class Range(msgspec.Struct, frozen=True, array_like=True, order=True):
 
 
 class Selector(msgspec.Struct, frozen=True, array_like=True, order=True):
-    """Union of ``ranges`` and of every token whose id is in ``token_ids``; without position 0 unless ``include_bos``."""
+    """Union of ``ranges`` and of the tokens whose id is in ``token_ids``; without position 0 unless ``include_bos``."""
 
     ranges: tuple[Range, ...] = ()
     token_ids: tuple[int, ...] = ()
@@ -53,7 +53,7 @@ class Selector(msgspec.Struct, frozen=True, array_like=True, order=True):
         return any(bound.from_prompt_end for r in self.ranges for bound in (r.start, r.stop))
 
     def intervals(self, prompt_len: int) -> list[tuple[int, int]]:
-        """The ranges resolved for one prompt length: sorted, disjoint, non-empty ``(start, stop)``, position 0 handled."""
+        """The ranges for one prompt length: sorted, disjoint, non-empty ``(start, stop)``, position 0 handled."""
         first = 0 if self.include_bos else 1
         resolved = sorted((max(first, r.start.resolve(prompt_len)), r.stop.resolve(prompt_len)) for r in self.ranges)
         merged: list[tuple[int, int]] = []
@@ -96,28 +96,55 @@ class Selector(msgspec.Struct, frozen=True, array_like=True, order=True):
 
 
 def union(parts: Sequence[Selector], include_bos: bool) -> Selector:
-    """The canonical union of ``parts``: equal selections get equal structs as far as that is decidable without a prompt.
+    """The canonical union: equal selections get equal structs as far as that is decidable without a prompt.
 
-    Absolute ranges are merged; ``prompt`` with ``generated`` becomes ``all``; ``all`` swallows everything else.
+    Ranges that are empty for every prompt vanish (nothing left: a selector without ranges and tokens), overlapping and
+    adjacent ones merge (``prompt`` with ``generated`` is ``all``), ``all`` swallows token ids, and ``include_bos`` is
+    kept only where a range or a token id could select position 0.
     """
-    ranges = {r for part in parts for r in part.ranges}
-    absolute = sorted(r for r in ranges if not (r.start.from_prompt_end or r.stop.from_prompt_end))
-    relative = sorted(r for r in ranges if r.start.from_prompt_end or r.stop.from_prompt_end)
-    if Range(START, PROMPT_END) in relative and Range(PROMPT_END, END) in relative:
-        absolute.append(Range(START, END))
-    merged: list[Range] = []
-    for r in sorted(absolute):
-        if r.start.offset >= r.stop.offset:
-            continue
-        if merged and r.start.offset <= merged[-1].stop.offset:
-            merged[-1] = Range(merged[-1].start, max(merged[-1].stop, r.stop))
-        else:
-            merged.append(r)
-    first = 0 if include_bos else 1
-    if merged and merged[0].start.offset <= first and merged[0].stop == END:
-        return Selector((Range(START, END),), (), include_bos)
+    ranges = {r for part in parts for r in part.ranges if not _is_empty(r)}
     token_ids = tuple(sorted({t for part in parts for t in part.token_ids}))
-    return Selector(tuple(merged) + tuple(relative), token_ids, include_bos)
+    include_bos = include_bos and (bool(token_ids) or any(_may_hold_zero(r) for r in ranges))
+    if not include_bos:  # "from 1" is "from 0" when position 0 is out anyway
+        ranges = {Range(START, r.stop) if r.start == Bound(False, 1) else r for r in ranges}
+        if token_ids or len(ranges) > 1:
+            ranges.discard(Range(START, Bound(False, 1)))
+    absolute = [r for r in ranges if not (r.start.from_prompt_end or r.stop.from_prompt_end)]
+    # On the axis that has its origin at the end of the prompt, START and END are the two infinities.
+    relative = [r for r in ranges if r.start.from_prompt_end and (r.stop.from_prompt_end or r.stop == END)]
+    relative += [r for r in ranges if r.start == START and r.stop.from_prompt_end]
+    mixed = ranges.difference(absolute, relative)
+    merged = set(_merge(absolute, -1)) | set(_merge(relative, -UNBOUNDED - 1)) | mixed
+    if Range(START, END) in merged:
+        return Selector((Range(START, END),), (), include_bos)
+    return Selector(tuple(sorted(merged)), token_ids, include_bos)
+
+
+def _is_empty(r: Range) -> bool:
+    """Whether no position of any prompt is in ``r``: bounds on one axis, in the wrong order."""
+    if r.start.from_prompt_end != r.stop.from_prompt_end:
+        return r.stop == START
+    return r.start.offset >= r.stop.offset
+
+
+def _may_hold_zero(r: Range) -> bool:
+    """Whether position 0 is in ``r`` for some prompt (of at least one token)."""
+    return r.start.offset < 0 if r.start.from_prompt_end else r.start.offset == 0
+
+
+def _merge(ranges: Sequence[Range], first: int) -> list[Range]:
+    """Disjoint, non-adjacent ranges with the same union; ``START`` is taken to be at offset ``first`` of their axis."""
+
+    def start(r: Range) -> int:
+        return first if r.start == START else r.start.offset
+
+    merged: list[Range] = []
+    for r in sorted(ranges, key=start):
+        if not merged or start(r) > merged[-1].stop.offset:
+            merged.append(r)
+        elif r.stop.offset > merged[-1].stop.offset:
+            merged[-1] = Range(merged[-1].start, r.stop)
+    return merged
 
 
 ALL = Selector((Range(START, END),))
@@ -127,7 +154,7 @@ LAST_PROMPT_TOKEN = Selector((Range(Bound(True, -1), PROMPT_END),))
 
 
 def slice_selector(start: int | None, stop: int | None) -> Selector:
-    """``{"from": start, "to": stop}``: half-open, negatives count from the end of the prompt, no ``stop`` = to the end."""
+    """``{"from": start, "to": stop}``: half-open, negatives count from the prompt's end, no ``stop`` = to the end."""
     lower = START if start is None else Bound(start < 0, start)
     upper = END if stop is None else Bound(stop < 0, stop)
     return Selector((Range(lower, upper),))

@@ -1,0 +1,73 @@
+"""What the compiler must know about a server: the seam between what a request means and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from interventions.limits import Limits
+from sae_weights.sae import SAE
+
+
+class CatalogueSAE(Protocol):
+    """One dictionary that the server offers."""
+
+    @property
+    def id(self) -> str:
+        """The name that requests use."""
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer whose ``resid_post`` it reads and writes."""
+
+    @property
+    def sae(self) -> SAE:
+        """The weights."""
+
+    @property
+    def full_encode(self) -> bool:
+        """Whether the engine computes all its latents (TopK edits and ``top_k`` need that)."""
+
+
+class Catalogue(Protocol):
+    """What the compiler must know about the server."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers of the model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+
+    @property
+    def armed_layers(self) -> Sequence[int]:
+        """Layers that can be edited and read."""
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds per request."""
+
+    @property
+    def max_dose(self) -> float:
+        """Bound of ||delta|| / ||h||, ``inf`` for none."""
+
+    @property
+    def refuse_over_dose(self) -> bool:
+        """Whether an excess ends the request (else the delta is scaled down)."""
+
+    def sae(self, name: str) -> CatalogueSAE:
+        """The dictionary of that name; raises ``unknown_sae``."""
+
+    def vector(self, name: str) -> Mapping[int, Any]:
+        """The library vector of that name: layer → float32 ``[d_model]``, numpy or torch; raises ``unknown_vector``."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens."""
+
+    def decode_token(self, token_id: int) -> str:
+        """Text of one token."""

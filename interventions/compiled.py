@@ -1,0 +1,105 @@
+"""What compilation yields: the program that travels, and what receipts and readings need to know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from interventions.errors import Code, InterventionError
+from interventions.program import Payload, Program, Read
+from interventions.selectors import Selector
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One intervention as compiled, for its receipt.
+
+    Attributes:
+        id: label that the receipt echoes.
+        type: its type name.
+        layers: the layers it writes at, ascending.
+        selector: its canonical selector.
+        noop: whether nothing of it is left in the program (it was valid, and changes nothing).
+        param: its place in the request.
+    """
+
+    id: str
+    type: str
+    layers: tuple[int, ...]
+    selector: Selector
+    noop: bool
+    param: str = ""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A request's interventions and inspections, ready to travel.
+
+    Attributes:
+        program: the edits, ``None`` when there are none or all are no-ops.
+        entries: one per intervention, in request order.
+        reads: one per inspection, in request order.
+        inspect_ids: the SAE id of each read.
+        needs_full: ids of the SAEs whose full encode the request uses.
+        inspects_prompt: whether a read can select a prompt position (then the prefix cache must not be read).
+        inspect_params: the place of each read in the request.
+    """
+
+    program: Program | None
+    entries: tuple[Entry, ...]
+    reads: tuple[Read, ...] = ()
+    inspect_ids: tuple[str, ...] = ()
+    needs_full: frozenset[str] = frozenset()
+    inspects_prompt: bool = False
+    inspect_params: tuple[str, ...] = ()
+
+    def payload(self) -> Payload:
+        """What the engine gets."""
+        return Payload(self.program, self.reads, None if self.program is None else self.program.digest())
+
+
+def check_selectable(compiled: Compiled, prompt_token_ids: Sequence[int], max_tokens: int | None) -> None:
+    """Refuse a selector that can never select a token of this prompt and its completion.
+
+    The last sampled token is never fed: the last position is ``len(prompt) + max_tokens - 2``. ``max_tokens=None``
+    means that generation may go on for ever. No-ops are left alone.
+
+    Raises:
+        InterventionError: ``invalid_intervention`` or ``invalid_inspection``, ``param`` naming the selector.
+    """
+    for entry in compiled.entries:
+        if not entry.noop:
+            _check_selector(entry.selector, prompt_token_ids, max_tokens, entry.param, "invalid_intervention")
+    for read, param in zip(compiled.reads, compiled.inspect_params, strict=True):
+        _check_selector(read.selector, prompt_token_ids, max_tokens, param, "invalid_inspection")
+
+
+def _check_selector(selector: Selector, prompt: Sequence[int], max_tokens: int | None, param: str, code: Code) -> None:
+    n_fed = None if max_tokens is None else len(prompt) + max(0, max_tokens - 1)
+    if _can_select(selector, prompt, n_fed):
+        return
+    message = f"selects no token: the prompt has positions 0..{len(prompt) - 1}"
+    if n_fed is not None and n_fed > len(prompt):
+        message += f", generated tokens that are fed back can reach {n_fed - 1}"
+    elif n_fed is not None:
+        message += ", and with this max_tokens no generated token is fed back"
+    if _can_select(Selector(selector.ranges, selector.token_ids, True), prompt, n_fed):
+        message += "; position 0 is left out unless include_bos is true"
+    raise InterventionError(code, f"{param}.tokens: {message}", f"{param}.tokens")
+
+
+def _can_select(selector: Selector, prompt: Sequence[int], n_fed: int | None) -> bool:
+    if any(n_fed is None or start < n_fed for start, _ in selector.intervals(len(prompt))):
+        return True
+    if not selector.token_ids:
+        return False
+    if n_fed is None or n_fed > len(prompt):
+        return True  # a generated token may be one of them
+    return not set(selector.token_ids).isdisjoint(prompt if selector.include_bos else prompt[1:])
+
+
+def can_select_prompt(selector: Selector) -> bool:
+    """Whether the selector can select a prompt position of some prompt."""
+    return bool(selector.token_ids) or any(
+        not (r.start.from_prompt_end and r.start.offset >= 0) for r in selector.ranges
+    )

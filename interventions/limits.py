@@ -1,0 +1,46 @@
+"""What one request may ask for. Defined here once, published by the server, checked by the compiler."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+MAX_INTERVENTIONS = 63
+"""Receipts keep one bit per intervention in a signed 64-bit word."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds per request, and the size of the server's row bank.
+
+    Attributes:
+        interventions: entries of ``interventions``.
+        instructions: ops over all layers, no-ops included.
+        rows: distinct directions and latents that the instructions name.
+        rules: rules of all rule sets.
+        propositions: propositions of all rule sets.
+        inspected_features: listed features over all inspections.
+        top_k: ``top_k`` of one inspection.
+        bank_rows: rows of all running requests together.
+    """
+
+    interventions: int = 32
+    instructions: int = 1024
+    rows: int = 1024
+    rules: int = 64
+    propositions: int = 128
+    inspected_features: int = 256
+    top_k: int = 128
+    bank_rows: int = 8192
+
+    def __post_init__(self) -> None:
+        for name, value in self.as_dict().items():
+            if value < 1:
+                raise ValueError(f"limit {name} is {value}; it must be at least 1")
+        if self.interventions > MAX_INTERVENTIONS:
+            raise ValueError(f"limit interventions is {self.interventions}; it can be at most {MAX_INTERVENTIONS}")
+        if self.rows > self.bank_rows:
+            raise ValueError(f"limit rows ({self.rows}) exceeds bank_rows ({self.bank_rows}): no request could fill it")
+
+    def as_dict(self) -> dict[str, int]:
+        """Name → bound, as in ``/v1/capabilities.limits``."""
+        return asdict(self)
