@@ -117,7 +117,7 @@ class Journal:
             if values is None:
                 continue
             listed, indices, tops = values
-            if len(listed) and np.isnan(listed[0]) or len(indices) and indices[0] == NOT_SELECTED:
+            if (len(listed) and np.isnan(listed[0])) or (len(indices) and indices[0] == NOT_SELECTED):
                 continue
             features = [(index, float(value)) for index, value in zip(spec.features, listed, strict=True)]
             known = set(spec.features)

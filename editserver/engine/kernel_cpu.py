@@ -39,7 +39,7 @@ _jit = numba.njit(cache=True, nogil=True, fastmath={"contract"})
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, inline="never")
-def _dot(a: F32, b: F32) -> float:
+def _dot(a: F32, b: F32) -> np.float32:
     total = np.float32(0.0)
     for i in range(a.shape[0]):
         total += a[i] * b[i]
@@ -47,15 +47,16 @@ def _dot(a: F32, b: F32) -> float:
 
 
 @_jit
-def _activation(dot: float, gate: F32) -> float:
+def _activation(dot: np.float32, gate: F32) -> np.float32:
     """f(u) = relu(mag_scale·u + mag_bias) · 1[u + gate_bias > threshold]; gate = (gate_bias, threshold, scale, bias)."""
     if dot + gate[0] > gate[1]:
-        return max(np.float32(0.0), gate[2] * dot + gate[3])
+        value: np.float32 = max(np.float32(0.0), gate[2] * dot + gate[3])
+        return value
     return np.float32(0.0)
 
 
 @_jit
-def _normalise(h: F32, kind: int, out: F32) -> float:
+def _normalise(h: F32, kind: int, out: F32) -> np.float32:
     """Write the SAE's own view of ``h`` into ``out``; return the scale that takes a delta back to the residual stream."""
     d = h.shape[0]
     if kind == NORM_RESCALE:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+import sae_weights
 from editserver.engine.config import EngineConfig
 from editserver.engine.kernel_cpu import INPUT_NORMS
 from interventions.program import parse_feature_key
-import sae_weights
 
 
 class Dictionaries:

@@ -28,4 +28,6 @@ def edit_salt(user_salt: str | None, digest: str, prompt_len: int | None) -> str
     ``prompt_len`` is given when the program depends on where the prompt ends: a token that was *generated* here is part
     of the *prompt* in the next turn of the chat, and must not bring its KV along.
     """
-    return _hash("edit", "" if user_salt is None else "s" + user_salt, digest, "" if prompt_len is None else str(prompt_len))
+    return _hash(
+        "edit", "" if user_salt is None else "s" + user_salt, digest, "" if prompt_len is None else str(prompt_len)
+    )

@@ -36,7 +36,9 @@ def layers_by_shape(model: nn.Module, n_layers: int) -> dict[int, nn.Module]:
     found = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     found = [m for m in found if len({type(x) for x in m if not _is_missing(x)}) in (1, 2, 3)]
     if len(found) != 1:
-        raise UnsupportedModel(f"{type(model).__name__} has {len(found)} lists of {n_layers} layers, expected exactly one")
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {len(found)} lists of {n_layers} layers, expected exactly one"
+        )
     return {i: layer for i, layer in enumerate(found[0]) if not _is_missing(layer)}
 
 

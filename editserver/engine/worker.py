@@ -253,7 +253,9 @@ class EngineWorker:
             return {}
         due = {layer for layer, table in self.residents.layers.items() if table is not None}
         if missed := due - self._outcomes.keys():
-            raise RuntimeError(f"the edit op of layers {sorted(missed)} did not run in this step: the model is not armed")
+            raise RuntimeError(
+                f"the edit op of layers {sorted(missed)} did not run in this step: the model is not armed"
+            )
         records: dict[str, StepRecord] = {}
         for segment in self.plan.segments:
             records[segment.resident.request_id] = self._record(segment)

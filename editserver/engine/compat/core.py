@@ -57,7 +57,9 @@ def _salted(request: Any, config: EngineConfig | None) -> None:
         request.cache_salt = plain_salt(request.cache_salt)
         return
     if request.prompt_token_ids is None or getattr(request, "resumable", False):
-        raise ValueError("interventions need a prompt of tokens: prompt embeddings and streaming input are not supported")
+        raise ValueError(
+            "interventions need a prompt of tokens: prompt embeddings and streaming input are not supported"
+        )
     layers = {lp.layer for lp in payload.program.layers} if payload.program else set()
     layers |= {read.layer for read in payload.reads}
     if unarmed := layers - set(config.armed):
@@ -141,7 +143,9 @@ def _wrap_scheduler(scheduler: Any) -> None:
         return finish_requests(self, request_ids, finished_status)
 
     @functools.wraps(update_from_output)
-    def _update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def _update_from_output(
+        self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         outputs = update_from_output(self, scheduler_output, model_runner_output, *args, **kwargs)
         state = _state(self)
         if state is None:
@@ -169,6 +173,8 @@ def _attach(state: CoreState, outputs: Any) -> None:
 
 
 def _wrap_output_processor(processor: Any, request_state: Any) -> None:
+    from vllm.v1.engine import FinishReason
+
     add_request, process_outputs = processor.add_request, processor.process_outputs
     new_completion_output = request_state._new_completion_output
 
@@ -181,6 +187,7 @@ def _wrap_output_processor(processor: Any, request_state: Any) -> None:
 
     @functools.wraps(process_outputs)
     def _process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        stopped: list[str] = []
         for output in engine_core_outputs:
             params = output.kv_transfer_params
             if not params or KEY not in params:
@@ -191,7 +198,12 @@ def _wrap_output_processor(processor: Any, request_state: Any) -> None:
             if journal is not None:
                 for record in records:
                     journal.add(record)
-        return process_outputs(self, engine_core_outputs, *args, **kwargs)
+                if journal.error is not None and output.finish_reason is None:
+                    output.finish_reason = FinishReason.ABORT  # a refused dose ends the request here and now
+                    stopped.append(output.request_id)
+        processed = process_outputs(self, engine_core_outputs, *args, **kwargs)
+        processed.reqs_to_abort.extend(stopped)
+        return processed
 
     @functools.wraps(new_completion_output)
     def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:

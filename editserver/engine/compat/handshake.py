@@ -16,7 +16,13 @@ def _handshake(self: Any) -> dict[str, Any]:
 
     worker = op.current()
     if worker is None:
-        return {"version": __version__, "ok": False, "armed": [], "saes": [], "error": "no layer of this worker is armed"}
+        return {
+            "version": __version__,
+            "ok": False,
+            "armed": [],
+            "saes": [],
+            "error": "no layer of this worker is armed",
+        }
     worker.count_visits()
     self.model_runner._dummy_run(16)
     silent = [layer for layer, visits in worker.visits.items() if not visits]

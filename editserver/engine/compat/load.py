@@ -20,7 +20,8 @@ logger = logging.getLogger("vllm.editserver")
 
 
 def install() -> None:
-    """Wrap the loader, once per process."""
+    """Wrap the loader and the engine's configuration step, once per process."""
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     original = BaseModelLoader.load_model
@@ -35,8 +36,18 @@ def install() -> None:
             arm_model(model, vllm_config, config)
         return model
 
+    create_engine_config = EngineArgs.create_engine_config
+
+    @functools.wraps(create_engine_config)
+    def _create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        if EngineConfig.of(vllm_config) is not None:
+            check_config(vllm_config)  # here as well as in the worker: said at once, in the process that was started
+        return vllm_config
+
     load_model.editserver = True  # type: ignore[attr-defined]
     BaseModelLoader.load_model = load_model
+    EngineArgs.create_engine_config = _create_engine_config
 
 
 def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) -> None:

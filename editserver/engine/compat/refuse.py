@@ -23,14 +23,16 @@ def refusals(vllm_config: Any) -> list[str]:
             getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False)
         ),
         "a KV connector (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
-        "an encoder-cache connector (--ec-transfer-config)": getattr(vllm_config, "ec_transfer_config", None) is not None,
+        "an encoder-cache connector (--ec-transfer-config)": getattr(vllm_config, "ec_transfer_config", None)
+        is not None,
         "pooling models (--runner pooling)": model.runner_type != "generate",
         "encoder-decoder models": bool(model.is_encoder_decoder),
         "prompt embeddings (--enable-prompt-embeds)": bool(getattr(model, "enable_prompt_embeds", False)),
         "KV-sharing fast prefill (--kv-sharing-fast-prefill)": bool(getattr(cache, "kv_sharing_fast_prefill", False)),
         "asynchronous scheduling (pass --no-async-scheduling)": bool(scheduler.async_scheduling),
         "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": bool(vllm_config.use_v2_model_runner),
-        "float16 weights (pass --dtype bfloat16 or float32)": str(model.dtype) not in ("torch.bfloat16", "torch.float32"),
+        "float16 weights (pass --dtype bfloat16 or float32)": str(model.dtype)
+        not in ("torch.bfloat16", "torch.float32"),
     }
     found = [name for name, present in checks.items() if present]
     device = vllm_config.device_config.device_type

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Any
 
 from editserver.engine.compat.version import UnsupportedVllm, check_vllm
 
@@ -22,7 +23,11 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
 
 RUNNER_RELIED_ON: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states": ("self", "scheduler_output"),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": ("self", "scheduler_output", "num_scheduled_tokens"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
+        "self",
+        "scheduler_output",
+        "num_scheduled_tokens",
+    ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._dummy_run": ("self", "num_tokens"),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": ("self", "grammar_output"),
 }
@@ -34,7 +39,7 @@ def differences(relied_on: dict[str, tuple[str, ...]]) -> list[str]:
     for symbol, expected in relied_on.items():
         module, _, path = symbol.partition(":")
         try:
-            target = importlib.import_module(module)
+            target: Any = importlib.import_module(module)
             for part in path.split("."):
                 target = getattr(target, part)
         except (ImportError, AttributeError):

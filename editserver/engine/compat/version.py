@@ -30,7 +30,9 @@ def check_version(flavour: str, version: str) -> VllmInfo:
     try:
         release = Version(Version(version).base_version)
     except InvalidVersion:
-        raise UnsupportedVllm(f"{flavour} reports the version {version!r}, which is not a version; run: {mend}") from None
+        raise UnsupportedVllm(
+            f"{flavour} reports the version {version!r}, which is not a version; run: {mend}"
+        ) from None
     if not low <= release < high:
         raise UnsupportedVllm(
             f"editserver knows vLLM {low} to {high.major}.{high.minor - 1}, but {flavour} {version} is installed; run: {mend}"
