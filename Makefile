@@ -41,7 +41,7 @@ $(READY): $(SETUP_INPUTS)
 # sae-lens, which tests compare with, brings half a data-science stack: it lies on top of $(VENV), which never sees it.
 setup-oracle: $(ORACLE_READY)
 
-$(ORACLE_READY): requirements/oracle.lock $(READY)
+$(ORACLE_READY): requirements/oracle.lock $(LOCKS) | $(READY)
 	@rm -rf $(ORACLE)
 	@$(BIN)/python -m venv --without-pip $(ORACLE)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(ORACLE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
