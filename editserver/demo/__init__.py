@@ -1,0 +1,1 @@
+"""The demo: its model, and what `make demo` shows."""
