@@ -1,0 +1,204 @@
+"""The meaning of a program, as plain tensor code: what every fast kernel is tested against.
+
+Pure functions of fp32 tensors, one channel after the other, no batching tricks. :mod:`interventions.program` has the
+definitions in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from interventions.program import Channel, LayerProgram, ReadKind, parse_feature_key
+from interventions.selectors import Selector
+from sae_weights.input_norm import INPUT_NORMS, InputNorm, normalise
+from sae_weights.sae import SAE
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a channel reads with and writes along.
+
+    With x̃ the normalised input of the SAE and u = read · x̃, a latent's activation is
+    ``f(u) = relu(mag_scale·u + mag_bias) · 1[u + gate_bias > threshold]`` (strict). The row of a vector has
+    ``read = write`` and no gate.
+
+    Attributes:
+        read, write: fp32 ``[d]``.
+        input_norm: how the SAE normalises its input per token; "none" for vectors.
+    """
+
+    read: Tensor
+    write: Tensor
+    gate_bias: float = 0.0
+    threshold: float = 0.0
+    mag_scale: float = 1.0
+    mag_bias: float = 0.0
+    input_norm: str = "none"
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What the edits of one request do at one layer, for n tokens.
+
+    Attributes:
+        delta: fp32 ``[n, d]``, to be added to h; already scaled down where ``clamped``.
+        fired: int64 ``[n]``, bit i = an op of intervention i changed the value x of a channel (x_i ≠ x_{i-1}) whose
+            coefficient c·(x_n − a) is not zero in the end. Zero where the whole delta of the token is zero.
+        dose: fp32 ``[n]``, ||delta|| / ||h|| of the delta that is applied; 0 where there is none.
+        clamped: bool ``[n]``, where the delta was scaled down to ``max_dose``.
+        over: bool ``[n]``, where a refusing program exceeds ``max_dose`` (the delta is left as it is).
+    """
+
+    delta: Tensor
+    fired: Tensor
+    dose: Tensor
+    clamped: Tensor
+    over: Tensor
+
+    @property
+    def written(self) -> Tensor:
+        """bool ``[n]``: tokens with a non-zero delta. All others must keep h bit for bit."""
+        return (self.delta != 0).any(dim=-1)
+
+    def apply(self, h: Tensor) -> Tensor:
+        """``dtype(fp32(h) + delta)`` for the written tokens of ``h [n, d]`` (the model's dtype), h for the others."""
+        return torch.where(self.written[:, None], (h.float() + self.delta).to(h.dtype), h)
+
+
+def edit_layer(
+    h: Tensor,
+    layer: LayerProgram,
+    selected: Tensor,
+    row_of: Callable[[str], Row],
+    members: Callable[[str], Tensor] | None = None,
+    max_dose: float = math.inf,
+    refuse: bool = False,
+) -> LayerResult:
+    """The delta of one request's program at one layer.
+
+    Args:
+        h: pre-edit residual stream after the layer, fp32 ``[n, d]``.
+        layer: its channels.
+        selected: bool ``[n_selectors, n]``, which tokens each of the program's selectors selects.
+        row_of: row key → rows.
+        members: SAE digest → activations of all its latents on h, ``[n, n_features]``; for MEMBER channels.
+        max_dose, refuse: the program's dose policy.
+    """
+    h = h.float()
+    delta = torch.zeros_like(h)
+    fired = torch.zeros(len(h), dtype=torch.int64)
+    for channel in layer.channels:
+        row = row_of(channel.row)
+        a, scale = _read(h, channel, row, members)
+        x, changed = _compose(a, channel, selected)
+        coefficient = scale * (x - a)
+        # Where it is zero nothing is added: an infinite row entry or scale must not turn "no change" into NaN.
+        delta += torch.where((coefficient != 0)[:, None], coefficient[:, None] * row.write, 0.0)
+        fired |= torch.where(coefficient != 0, changed, 0)
+    norm, size = h.norm(dim=-1), delta.norm(dim=-1)
+    dose = torch.where(size > 0, size / norm, 0.0)
+    excess = dose > max_dose
+    if not refuse and math.isfinite(max_dose):
+        delta = torch.where(excess[:, None], delta * (max_dose * norm / size)[:, None], delta)
+        dose = dose.clamp(max=max_dose)
+    none = torch.zeros_like(excess)
+    fired = torch.where(size > 0, fired, 0)
+    return LayerResult(delta, fired, dose, none if refuse else excess, excess if refuse else none)
+
+
+def _read(h: Tensor, channel: Channel, row: Row, members: Callable[[str], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The scalar a ``[n]`` of the channel, and the factor c ``[n]`` of its result."""
+    zero, one = h.new_zeros(len(h)), h.new_ones(len(h))
+    if channel.read is ReadKind.NONE:
+        return zero, one
+    if channel.read is ReadKind.NORM:
+        return zero, h.norm(dim=-1)
+    if channel.read is ReadKind.DOT:
+        return h @ row.read, one
+    assert row.input_norm in INPUT_NORMS
+    view = normalise(h, cast(InputNorm, row.input_norm))
+    scale = view.scale.squeeze(-1)
+    if channel.read is ReadKind.LATENT:
+        u = view.x @ row.read
+        return torch.relu(row.mag_scale * u + row.mag_bias) * (u + row.gate_bias > row.threshold), scale
+    digest, index = parse_feature_key(channel.row)
+    if members is None:
+        raise ValueError(f"{channel.row} needs the activations of its whole dictionary")
+    return members(digest)[:, index].float(), scale
+
+
+def _compose(a: Tensor, channel: Channel, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """The channel's ops on ``a [n]``, in order: final x ``[n]`` and the int64 bits ``[n]`` of who changed it."""
+    x = a
+    changed = torch.zeros(len(a), dtype=torch.int64)
+    for op in channel.ops:
+        acts = selected[op.selector]
+        if op.only_if_active:
+            acts = acts & (a != 0)
+        mapped = torch.where(acts, (op.alpha * x + op.beta).clamp(op.lo, op.hi), x)
+        changed |= torch.where(mapped != x, 1 << op.intervention, 0)
+        x = mapped
+    return x, changed
+
+
+def select(selectors: Sequence[Selector], positions: Tensor, token_ids: Tensor, prompt_len: int) -> Tensor:
+    """bool ``[n_selectors, n]``: :meth:`Selector.mask` of each selector for the tokens at ``positions [n]``."""
+    masks = [selector.mask(positions, token_ids, prompt_len) for selector in selectors]
+    return torch.stack(masks) if masks else torch.zeros(0, len(positions), dtype=torch.bool)
+
+
+def row_source(vectors: Mapping[str, bytes], saes: Mapping[str, SAE]) -> Callable[[str], Row]:
+    """Row key → :class:`Row`, from a program's own vectors and the SAEs by digest.
+
+    Raises:
+        KeyError: for a vector or an SAE that is not there.
+    """
+
+    def row_of(key: str) -> Row:
+        if key.startswith("v:"):
+            values = torch.frombuffer(bytearray(vectors[key]), dtype=torch.float32)
+            return Row(values, values)
+        digest, index = parse_feature_key(key)
+        sae = saes[digest]
+        rows = sae.rows([index])
+        return Row(
+            rows.encoder[0],
+            rows.decoder[0],
+            float(rows.gate_bias[0]),
+            float(rows.threshold[0]),
+            float(rows.mag_scale[0]),
+            float(rows.mag_bias[0]),
+            sae.input_norm,
+        )
+
+    return row_of
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Activations of one SAE: ``listed [n, m]`` of the features asked for, and the k largest by |activation|.
+
+    ``top_index [n, k]`` (int64) and ``top_value [n, k]``; equal magnitudes are ordered by index.
+    """
+
+    listed: Tensor
+    top_index: Tensor
+    top_value: Tensor
+
+
+def read_latents(h: Tensor, sae: SAE, features: Sequence[int], top_k: int) -> Latents:
+    """What an inspection reports for ``h [n, d]``: only the listed rows are computed unless all latents are needed."""
+    h = h.float()
+    if sae.row_separable and not top_k:
+        rows = sae.rows(features)
+        listed = rows.activations(sae.token_scale(h)[0])
+        return Latents(listed, torch.zeros(len(h), 0, dtype=torch.int64), h.new_zeros(len(h), 0))
+    f = sae.encode(h)
+    index = f.abs().argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    return Latents(f[:, list(features)], index, f.gather(1, index))

@@ -1,0 +1,196 @@
+"""Edits with plain ``transformers`` and forward hooks: slow, obvious, and what the server must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interventions.errors import InterventionError
+from interventions.oracle import LayerResult, edit_layer, read_latents, row_source, select
+from interventions.program import LayerProgram, Payload, Read
+from sae_weights.sae import SAE
+
+Reading = tuple[int, list[tuple[int, float]]]
+"""Position, and (feature, activation): the listed features first, then the largest non-zero others."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Receipt numbers of one intervention at one layer; doses over the tokens where it fired."""
+
+    fired: int
+    dose_mean: float
+    dose_max: float
+    clamped: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One pass over t tokens.
+
+    Attributes:
+        logits: fp32 ``[t, vocab]``.
+        layers: layer → what the program did there, for the t tokens.
+        readings: per inspection of the payload, the readings of the tokens that it selects.
+    """
+
+    logits: Tensor
+    layers: Mapping[int, LayerResult]
+    readings: list[list[Reading]]
+
+    def stats(self, intervention: int, layer: int) -> Stats:
+        """Receipt numbers of intervention ``intervention`` (its index in the request) at ``layer``."""
+        if layer not in self.layers:
+            return Stats(0, 0.0, 0.0, 0)
+        result = self.layers[layer]
+        fired = (result.fired >> intervention) & 1 != 0
+        doses = result.dose[fired].double()
+        if not len(doses):
+            return Stats(0, 0.0, 0.0, 0)
+        return Stats(len(doses), float(doses.mean()), float(doses.max()), int(result.clamped[fired].sum()))
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A greedy completion.
+
+    Attributes:
+        token_ids: the sampled tokens.
+        logprobs: log-probabilities of all next tokens at each step, fp32 ``[len(token_ids), vocab]``.
+        forward: the last pass, over the prompt and every token that was fed (all but the last sampled one).
+    """
+
+    token_ids: list[int]
+    logprobs: Tensor
+    forward: Forward
+
+
+@dataclass
+class _Pass:
+    """The state of one forward pass that its hooks share."""
+
+    payload: Payload
+    selected: Tensor
+    positions: Tensor
+    token_ids: Tensor
+    prompt_len: int
+    layers: dict[int, LayerResult] = field(default_factory=dict)
+    readings: dict[int, list[Reading]] = field(default_factory=dict)
+
+
+class ReferenceExecutor:
+    """Runs a request's payload on a ``transformers`` causal language model.
+
+    Every pass recomputes all tokens without a KV cache, so a token's phase is its position against ``prompt_len`` and
+    nothing else. ``resid_post(L)`` is the output of decoder layer L; written tokens get ``dtype(fp32(h) + delta)``,
+    all others keep their bits.
+
+    Args:
+        model: a causal LM whose decoder layers are at ``layers`` (``model.layers``: Llama, Qwen, Gemma, Mistral …).
+        saes: content digest → SAE, for the programs and inspections that name it.
+        layers: path of the list of decoder layers below ``model``.
+    """
+
+    def __init__(self, model: Any, saes: Mapping[str, SAE] | None = None, layers: str = "model.layers") -> None:
+        self.model = model.eval()
+        self.saes = dict(saes or {})
+        self._layers = model.get_submodule(layers)
+
+    @torch.no_grad()
+    def forward(self, token_ids: Sequence[int], prompt_len: int, payload: Payload | None = None) -> Forward:
+        """One pass over ``token_ids``, of which the first ``prompt_len`` are the prompt.
+
+        Raises:
+            InterventionError: ``dose_exceeded`` if the program refuses doses above its bound.
+        """
+        ids = torch.as_tensor(list(token_ids), dtype=torch.int64)
+        payload = payload or Payload(None, (), None)
+        positions = torch.arange(len(ids))
+        selectors = () if payload.program is None else payload.program.selectors
+        state = _Pass(payload, select(selectors, positions, ids, prompt_len), positions, ids, prompt_len)
+        with self._hooked(state):
+            output = self.model(input_ids=ids[None].to(self.model.device), use_cache=False)
+        readings = [state.readings[i] for i in range(len(payload.reads))]
+        return Forward(output.logits[0].float().cpu(), state.layers, readings)
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        payload: Payload | None = None,
+        max_tokens: int = 16,
+        stop_token_ids: Sequence[int] = (),
+    ) -> Generated:
+        """Greedy decoding: up to ``max_tokens`` (at least 1) tokens, ending after one of ``stop_token_ids``."""
+        ids, steps = list(prompt), []
+        while True:
+            result = self.forward(ids, len(prompt), payload)
+            steps.append(result.logits[-1].log_softmax(dim=-1))
+            ids.append(int(result.logits[-1].argmax()))
+            if len(ids) - len(prompt) >= max_tokens or ids[-1] in stop_token_ids:
+                return Generated(ids[len(prompt) :], torch.stack(steps), result)
+
+    @contextmanager
+    def _hooked(self, state: _Pass) -> Iterator[None]:
+        program = state.payload.program
+        edits = {} if program is None else {layer.layer: layer for layer in program.layers}
+        touched = sorted(set(edits) | {read.layer for read in state.payload.reads})
+        handles = []
+        try:
+            for layer in touched:
+                hook = self._hook(state, layer, edits.get(layer))
+                handles.append(self._layers[layer].register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, state: _Pass, layer: int, edit: LayerProgram | None) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            before = output[0] if isinstance(output, tuple) else output
+            h = before[0].cpu()
+            after = h if edit is None else self._edit(state, edit, h)
+            for i, read in enumerate(state.payload.reads):
+                if read.layer == layer:
+                    state.readings[i] = self._read(state, read, after if read.after else h)
+            changed = after[None].to(before.device)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+    def _edit(self, state: _Pass, edit: LayerProgram, h: Tensor) -> Tensor:
+        program = state.payload.program
+        assert program is not None
+        result = edit_layer(
+            h.float(),
+            edit,
+            state.selected,
+            row_source(program.vectors, self.saes),
+            lambda digest: self.saes[digest].encode(h.float()),
+            program.max_dose,
+            program.refuse_over_dose,
+        )
+        if bool(result.over.any()):
+            token = int(result.over.nonzero()[0])
+            message = (
+                f"the edit at layer {edit.layer}, position {token} has dose {float(result.dose[token]):.3f}; "
+                f"doses above {program.max_dose:g} are refused"
+            )
+            raise InterventionError("dose_exceeded", message, "interventions")
+        state.layers[edit.layer] = result
+        return result.apply(h)
+
+    def _read(self, state: _Pass, read: Read, h: Tensor) -> list[Reading]:
+        mask = read.selector.mask(state.positions, state.token_ids, state.prompt_len)
+        latents = read_latents(h[mask], self.saes[read.sae], read.features, read.top_k)
+        readings: list[Reading] = []
+        for i, position in enumerate(state.positions[mask].tolist()):
+            pairs = list(zip(read.features, latents.listed[i].tolist(), strict=True))
+            top = zip(latents.top_index[i].tolist(), latents.top_value[i].tolist(), strict=True)
+            pairs += [(index, value) for index, value in top if value != 0 and index not in read.features]
+            readings.append((position, pairs))
+        return readings
