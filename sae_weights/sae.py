@@ -237,7 +237,7 @@ class SAE:
     def _read(self, rows: Rows) -> Block:
         block = fold_rows(self._source.read(rows), self._source.b_dec, self._folding, self._form)
         for name, tensor in {"W_enc": block.W_enc, "W_dec": block.W_dec, **block.gate}.items():
-            finite = tensor.isfinite().reshape(tensor.shape[0], -1).all(dim=-1)
+            finite = tensor.isfinite() if tensor.ndim == 1 else tensor.isfinite().all(dim=-1)
             if not bool(finite.all()):
                 where = int((~finite).nonzero()[0])
                 feature = where + rows.start if isinstance(rows, slice) else rows[where]
