@@ -26,6 +26,7 @@ def _serve(pipe: Connection, armed: bool, engine_args: dict[str, Any]) -> None:
     while True:
         job = pipe.recv()
         if job is None:
+            llm.llm_engine.engine_core.shutdown()
             return
         prompts, payloads, max_tokens = job
         params = [

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 def register() -> None:
     """Install the wraps; idempotent. Raises when the installed vLLM is not one this editserver knows."""
-    from editserver.engine.compat import core, handshake, load, signatures
+    from editserver.engine.compat import core, handshake, llvmlite_guard, load, signatures
     from editserver.engine.compat.version import check_vllm
 
     check_vllm()
     signatures.check()
+    llvmlite_guard.install()
     core.install()
     load.install()
     handshake.install()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from editserver.engine.compat import signatures
+from editserver.engine.compat import llvmlite_guard, signatures
 from editserver.engine.compat.refuse import check_config
 from editserver.engine.config import EngineConfig
 
@@ -58,6 +58,7 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
     from editserver.engine.compat import v1_runner
     from editserver.engine.worker import EngineWorker
 
+    llvmlite_guard.install()
     check_config(vllm_config)
     text_config = vllm_config.model_config.hf_text_config
     names = list(vllm_config.compilation_config.static_forward_context)
