@@ -1,0 +1,206 @@
+"""One edited (or inspected) request, from its validated fields to the receipts of its choices."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from editserver import metrics
+from editserver.api.readings import inspection, reading
+from editserver.api.receipts import build_receipt
+from editserver.api.state import EditState
+from editserver.engine.journal import Journal
+from editserver.engine.wire import KEY
+from interventions.compile import Compiled, check_selectable, compile_request
+from interventions.errors import InterventionError
+from interventions.spec import parse_inspect, parse_interventions
+
+
+class Choice:
+    """One output sequence as far as it was delivered."""
+
+    def __init__(self, index: int, prompt: Sequence[int]) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.output: list[int] = []
+        self.journal: Journal | None = None
+        self.cached: int | None = None
+        self.read_to = 0
+
+    @property
+    def fed(self) -> int:
+        """How many tokens were fed to the model: the prompt and all sampled tokens but the last."""
+        return len(self.prompt) + max(0, len(self.output) - 1)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids of the tokens that were fed."""
+        return [*self.prompt, *self.output[:-1]]
+
+    @property
+    def computed_from(self) -> int:
+        """First position that this request computed itself."""
+        return self.journal.computed_from if self.journal is not None else self.cached or 0
+
+    def check(self) -> None:
+        """Raise unless the engine vouches for every position that it computed for the delivered tokens."""
+        if self.journal is None:
+            raise failed("the engine returned an output without its record of edits")
+        if self.journal.error is not None:
+            raise self.journal.error
+        first = self.journal.computed_from
+        latest_start = len(self.prompt) - 1 if self.cached is None else min(self.cached, len(self.prompt) - 1)
+        if first > latest_start or not self.journal.covers(first, self.fed):
+            raise failed(f"the engine's record of edits has gaps below position {self.fed}")
+
+
+def failed(message: str) -> InterventionError:
+    """``intervention_failed``: found out too late to refuse, so the request fails rather than pass unedited."""
+    return InterventionError("intervention_failed", f"{message}; the request was stopped", None)
+
+
+@dataclass
+class Edit:
+    """The edits and inspections of one HTTP request, shared by all its choices.
+
+    Attributes:
+        compiled: what the fields mean.
+        inspect_as_list: whether ``inspect`` was a list (``inspection`` mirrors it).
+    """
+
+    state: EditState
+    compiled: Compiled
+    inspect_as_list: bool
+    prompts: list[Sequence[int]] = field(default_factory=list)
+    choices: dict[int, Choice] = field(default_factory=dict)
+    _admitted: int = 0
+
+    @classmethod
+    def prepare(cls, state: EditState, interventions: Any, inspect: Any, releases: list[Callable[[], None]]) -> Edit:
+        """Validate, resolve and compile; reserve bank rows until ``releases`` are run.
+
+        Raises:
+            InterventionError: with the contract's codes.
+        """
+        specs, reads = parse_interventions(interventions), parse_inspect(inspect)
+        compiled = compile_request(specs, reads, state.catalogue)
+        releases.append(state.capacity.reserve(compiled.payload().row_keys))
+        for kind in {spec.type for spec in specs} | ({"inspect"} if reads else set()):
+            metrics.REQUESTS.labels(kind).inc()
+        return cls(state, compiled, isinstance(inspect, list))
+
+    @property
+    def travels(self) -> bool:
+        """Whether the engine has anything to do: all no-ops and no inspection leave a plain request."""
+        return self.compiled.program is not None or bool(self.compiled.reads)
+
+    # before generation -----------------------------------------------------------------------------------------------
+
+    def set_prompts(self, prompts: Sequence[Sequence[int] | None]) -> None:
+        """Token ids of the prompts, in order, as rendered."""
+        if any(prompt is None for prompt in prompts):
+            message = "prompt embeddings cannot be combined with interventions or inspect: their tokens are unknown"
+            raise InterventionError("unsupported_with_interventions", message, "prompt_embeds")
+        self.prompts = [prompt for prompt in prompts if prompt is not None]
+
+    def admit(self, params: Any) -> None:
+        """Put the payload into the sampling parameters of the next prompt, once its selectors are known to select."""
+        prompt = self.prompts[self._admitted]
+        self._admitted += 1
+        if not self.travels:
+            return
+        check_selectable(self.compiled, prompt, params.max_tokens)
+        params.extra_args = {**(params.extra_args or {}), KEY: self.compiled.payload().to_bytes()}
+        if self.compiled.inspects_prompt:
+            params.skip_reading_prefix_cache = True
+
+    # while outputs come ----------------------------------------------------------------------------------------------
+
+    def observe(self, prompt_index: int, result: Any, n: int, delta: bool) -> list[Choice]:
+        """Note one ``RequestOutput`` of prompt ``prompt_index``; the choices it brought.
+
+        Raises:
+            InterventionError: the engine refused (dose) or cannot vouch for what it did.
+        """
+        seen: list[Choice] = []
+        for output in result.outputs:
+            index = output.index + prompt_index * n
+            choice = self.choices.get(index)
+            if choice is None:
+                choice = self.choices[index] = Choice(index, self.prompts[prompt_index])
+            if result.prompt_token_ids is not None:
+                choice.prompt = result.prompt_token_ids
+            # With several sequences per prompt, vLLM reports the cached tokens of one of them only.
+            choice.cached = result.num_cached_tokens if n == 1 else None
+            choice.output = [*choice.output, *output.token_ids] if delta else list(output.token_ids)
+            choice.journal = getattr(output, KEY, None)
+            if self.travels:
+                if choice.journal is not None and choice.journal.error is not None:
+                    raise choice.journal.error
+                if output.finish_reason == "error":
+                    raise failed("the engine failed while it ran this request")
+                choice.check()
+            seen.append(choice)
+        return seen
+
+    async def watch(
+        self, results: AsyncIterator[Any], n: int, delta: bool, tell: Callable[[list[Choice]], None] | None = None
+    ) -> AsyncIterator[Any]:
+        """Pass the engine's outputs on after :meth:`observe`; an error closes ``results``, which aborts the request.
+
+        ``results`` yields ``RequestOutput`` or, for several prompts, ``(prompt index, RequestOutput)``.
+        """
+        async with aclosing(results) as closing:  # type: ignore[type-var]
+            async for item in closing:
+                prompt_index, result = item if isinstance(item, tuple) else (0, item)
+                choices = self.observe(prompt_index, result, n, delta)
+                if tell is not None:
+                    tell(choices)
+                yield item
+
+    # afterwards ------------------------------------------------------------------------------------------------------
+
+    def new_readings(self, choice: Choice) -> Any | None:
+        """Readings of ``choice`` since the last call, in the form of ``inspection``; None if there are none."""
+        if not self.compiled.reads or choice.journal is None:
+            return None
+        start, choice.read_to = choice.read_to, choice.fed
+        found = [
+            [reading(self.state, sae, choice, position, features) for position, features in journal]
+            for sae, journal in zip(
+                self.compiled.inspect_ids,
+                (choice.journal.readings(r, start, choice.fed) for r in range(len(self.compiled.reads))),
+                strict=True,
+            )
+        ]
+        return inspection(self.compiled.inspect_ids, found, self.inspect_as_list) if any(found) else None
+
+    def parts(self, choice: Choice) -> dict[str, Any]:
+        """What a whole (not streamed) answer carries for ``choice``: ``interventions`` and ``inspection``."""
+        parts: dict[str, Any] = {}
+        if self.compiled.entries:
+            parts["interventions"] = self.receipt(choice)
+        if self.compiled.reads:
+            ids = self.compiled.inspect_ids
+            parts["inspection"] = self.new_readings(choice) or inspection(ids, [[] for _ in ids], self.inspect_as_list)
+        return parts
+
+    def receipt(self, choice: Choice) -> dict[str, Any]:
+        """The receipt of ``choice``."""
+        return build_receipt(self.compiled, choice.journal, choice.tokens, len(choice.prompt), choice.computed_from)
+
+    def attach(self, response: Any) -> None:
+        """Put every choice's parts into a whole response: at top level for one choice, else inside each."""
+        choices = [self.choices[index] for index in sorted(self.choices)]
+        if len(choices) == 1:
+            _set(response, self.parts(choices[0]))
+            return
+        for choice, out in zip(choices, response.choices, strict=True):
+            _set(out, self.parts(choice))
+
+
+def _set(target: Any, parts: dict[str, Any]) -> None:
+    for name, value in parts.items():
+        setattr(target, name, value)

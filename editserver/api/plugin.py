@@ -1,0 +1,129 @@
+"""vLLM's endpoint plugin (``vllm/plugins/endpoint_plugins/interface.py``): routes, guard, and the start-up handshake.
+
+On a server that was not started by ``editserver serve`` it adds nothing but the guard, which refuses our fields.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
+
+from editserver import __version__
+from editserver.api import errors, routes_catalogue, routes_generate, routes_library, routes_missing
+from editserver.api.capacity import Capacity
+from editserver.api.guard import BodyGuard, UnauthorizedEnvelope
+from editserver.api.serving import EditServingChat, EditServingCompletion
+from editserver.api.state import EditState
+from editserver.api.vllm_entry import VLLM_VERSION, OpenAIServingChat, OpenAIServingCompletion, model_shape
+from editserver.catalogue import build_catalogue
+from editserver.engine.config import EngineConfig
+from editserver.settings import MAX_BODY_BYTES, Settings
+from interventions.errors import InterventionError
+
+HANDSHAKE = "editserver_handshake"
+
+
+class HandshakeError(RuntimeError):
+    """A worker cannot edit: the server must not start."""
+
+
+class EditserverEndpoint:
+    """The plugin object; vLLM makes one per app."""
+
+    name = "editserver"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._app: FastAPI | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Register routes and the guard. Called by vLLM after its own routes, before its middleware."""
+        self._app = app
+        app.add_exception_handler(InterventionError, errors.handle)
+        app.add_middleware(BodyGuard, max_bytes=lambda: _max_bytes(app), edits=lambda: _edits(app))
+        stock = any(getattr(route, "path", None) == "/v1/chat/completions" for route in app.routes)
+        before = list(app.routes)
+        for router in (routes_generate.router, routes_catalogue.router, routes_library.router, routes_missing.router):
+            _add_routes(app, router)
+        if not stock:
+            # FastAPI >= 0.137 keeps included routers closed, so vLLM cannot replace its routes by ours: ours go first.
+            ours = [route for route in app.routes if route not in before]
+            app.router.routes[:] = ours + before
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Prove that every worker edits, then exchange the handlers' classes. An exception here stops the server.
+
+        Raises:
+            HandshakeError: a worker is not armed, or runs something else than this process.
+        """
+        if self._app is not None:
+            # Around everything, vLLM's API-key check included; the stack is built by now, so it is wrapped as a whole.
+            self._app.middleware_stack = UnauthorizedEnvelope(
+                self._app.middleware_stack or self._app.build_middleware_stack()
+            )
+        state.editserver = None
+        config = None if engine_client is None else EngineConfig.of(engine_client.vllm_config)
+        if config is None:
+            return
+        check_handshake(config, await engine_client.collective_rpc(HANDSHAKE))
+        settings = Settings.of(args)
+        d_model, n_layers, vocab_size, model = model_shape(engine_client.vllm_config)
+        tokenizer = engine_client.renderer.get_tokenizer()
+        catalogue = build_catalogue(
+            config, settings, d_model=d_model, n_layers=n_layers, vocab_size=vocab_size, tokenizer=tokenizer
+        )
+        capacity = Capacity(config.bank_rows)
+        state.editserver = EditState(config, settings, catalogue, capacity, VLLM_VERSION, model, state)
+        for source in config.saes:
+            state.editserver.knowledge(source.id)  # a damaged features.json stops the start, not a request
+        _exchange(state, "openai_serving_chat", OpenAIServingChat, EditServingChat)
+        _exchange(state, "openai_serving_completion", OpenAIServingCompletion, EditServingCompletion)
+
+
+def check_handshake(config: EngineConfig, answers: list[Any]) -> None:
+    """Raise :class:`HandshakeError` unless every worker is armed as configured and runs this version."""
+    if not answers:
+        raise HandshakeError("no worker answered the handshake: is editserver installed where the workers run?")
+    digests = {source.digest for source in config.saes}
+    for rank, answer in enumerate(answers):
+        if not isinstance(answer, dict):
+            raise HandshakeError(f"worker {rank} answered the handshake with {answer!r}")
+        problems = [answer["error"]] if answer.get("error") else []
+        if not answer.get("ok") and not problems:
+            problems.append("it is not armed")
+        if answer.get("version") != __version__:
+            problems.append(f"it runs editserver {answer.get('version')}, this process {__version__}")
+        if sorted(answer.get("armed", ())) != list(config.armed):
+            problems.append(f"it armed layers {answer.get('armed')}, configured are {list(config.armed)}")
+        if set(answer.get("saes", ())) != digests:
+            problems.append("its SAEs have other contents than this process reads")
+        if problems:
+            raise HandshakeError(f"worker {rank} cannot edit: {'; '.join(problems)}")
+
+
+def _exchange(state: Any, name: str, stock: type, edited: type) -> None:
+    handler: Any = getattr(state, name, None)
+    if handler.__class__ is not stock:
+        raise HandshakeError(
+            f"vLLM's {name} is a {type(handler).__name__}, not the {stock.__name__} that edits build on"
+        )
+    handler.__class__ = edited
+    handler.editserver = state.editserver
+
+
+def _add_routes(app: FastAPI, router: APIRouter) -> None:
+    for route in router.routes:
+        assert isinstance(route, APIRoute)
+        app.router.routes.append(route)
+
+
+def _edits(app: FastAPI) -> bool:
+    return getattr(app.state, "editserver", None) is not None
+
+
+def _max_bytes(app: FastAPI) -> int:
+    state: EditState | None = getattr(app.state, "editserver", None)
+    return MAX_BODY_BYTES if state is None else state.settings.max_body_bytes

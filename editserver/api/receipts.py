@@ -1,0 +1,65 @@
+"""The receipt of one choice: what was asked, which tokens it selected, what the engine really did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from editserver import metrics
+from editserver.engine.journal import Journal
+from interventions.compile import Compiled, Entry
+
+
+def build_receipt(
+    compiled: Compiled, journal: Journal | None, fed: Sequence[int], prompt_len: int, computed_from: int
+) -> dict[str, Any]:
+    """``{"digest", "receipt": [entry per intervention]}`` of one choice.
+
+    Args:
+        compiled: the request's interventions.
+        journal: what the engine reported; None only when the program is empty.
+        fed: token ids that were fed to the model, from position 0 (prompt and all but the last sampled token).
+        prompt_len: how many of them are the prompt.
+        computed_from: first position that was computed in this request.
+    """
+    digest = None if compiled.program is None else compiled.program.digest()
+    entries = [_entry(i, entry, journal, fed, prompt_len, computed_from) for i, entry in enumerate(compiled.entries)]
+    return {"digest": digest, "receipt": entries}
+
+
+def _entry(
+    i: int, entry: Entry, journal: Journal | None, fed: Sequence[int], prompt_len: int, computed_from: int
+) -> dict[str, Any]:
+    selected, in_prompt = (0, 0) if entry.noop else entry.selector.count(fed, prompt_len)
+    head: dict[str, Any] = {"id": entry.id, "type": entry.type}
+    applied: dict[int, dict[str, Any]] = {}
+    for layer in entry.layers:
+        counts = {"tokens_edited": selected, "prompt_tokens_edited": in_prompt}
+        applied[layer] = counts | _numbers(i, layer, journal, len(fed), computed_from)
+        metrics.EDITED_TOKENS.labels(entry.type).inc(selected)
+        if applied[layer]["fired"]:
+            metrics.DOSE.labels(entry.type).observe(applied[layer]["dose_mean"] or 0.0)
+    tail = {"noop": True} if entry.noop else {}
+    if len(applied) == 1:
+        (layer, numbers), *_ = applied.items()
+        return head | {"layer": layer} | numbers | tail
+    return head | {"layers": {str(layer): numbers for layer, numbers in applied.items()}} | tail
+
+
+def _numbers(i: int, layer: int, journal: Journal | None, stop: int, computed_from: int) -> dict[str, Any]:
+    if journal is None:
+        return {"fired": 0, "computed_from": computed_from, "dose_mean": 0.0, "dose_max": 0.0, "clamped": 0}
+    stats = journal.stats(i, layer, stop)
+    return {
+        "fired": stats.fired,
+        "computed_from": computed_from,
+        "dose_mean": _finite(stats.dose_mean),
+        "dose_max": _finite(stats.dose_max),
+        "clamped": stats.clamped,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: a dose beyond float32 is reported as null."""
+    return round(value, 6) if math.isfinite(value) else None
