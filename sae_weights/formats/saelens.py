@@ -111,10 +111,11 @@ class SAELensRows:
         self._transposed = None
 
     def _encoder_rows(self, rows: slice | list[int]) -> Tensor:
-        if self._transposed is None and self.d_model * self.n_features * 4 <= _TRANSPOSE_BYTES:
-            self._transposed = self._file.tensor("W_enc").T.contiguous()
-        if self._transposed is not None:
-            return self._transposed[rows]
+        transposed = self._transposed  # once: another thread may release it
+        if transposed is None and self.d_model * self.n_features * 4 <= _TRANSPOSE_BYTES:
+            transposed = self._transposed = self._file.tensor("W_enc").T.contiguous()
+        if transposed is not None:
+            return transposed[rows]
         return self._file.columns("W_enc", rows)
 
     @staticmethod
