@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from interventions.program import Channel, LayerProgram, ReadKind, parse_feature_key
 from interventions.selectors import Selector
-from sae_weights.input_norm import INPUT_NORMS, InputNorm, normalise
+from sae_weights.input_norm import INPUT_NORMS, normalise
 from sae_weights.sae import SAE
 
 
@@ -92,7 +91,7 @@ def edit_layer(
     """
     h = h.float()
     delta = torch.zeros_like(h)
-    fired = torch.zeros(len(h), dtype=torch.int64)
+    fired = torch.zeros(len(h), dtype=torch.int64, device=h.device)
     for channel in layer.channels:
         row = row_of(channel.row)
         a, scale = _read(h, channel, row, members)
@@ -122,7 +121,7 @@ def _read(h: Tensor, channel: Channel, row: Row, members: Callable[[str], Tensor
     if channel.read is ReadKind.DOT:
         return h @ row.read, one
     assert row.input_norm in INPUT_NORMS
-    view = normalise(h, cast(InputNorm, row.input_norm))
+    view = normalise(h, row.input_norm)
     scale = view.scale.squeeze(-1)
     if channel.read is ReadKind.LATENT:
         u = view.x @ row.read
@@ -136,7 +135,7 @@ def _read(h: Tensor, channel: Channel, row: Row, members: Callable[[str], Tensor
 def _compose(a: Tensor, channel: Channel, selected: Tensor) -> tuple[Tensor, Tensor]:
     """The channel's ops on ``a [n]``, in order: final x ``[n]`` and the int64 bits ``[n]`` of who changed it."""
     x = a
-    changed = torch.zeros(len(a), dtype=torch.int64)
+    changed = torch.zeros(len(a), dtype=torch.int64, device=a.device)
     for op in channel.ops:
         acts = selected[op.selector]
         if op.only_if_active:
