@@ -1,0 +1,1 @@
+"""Training a BatchTopK SAE on a causal language model: corpus, activations, trainer, evaluation, card."""
