@@ -18,6 +18,7 @@ from interventions.spec import parse_inspect, parse_interventions
 
 D = 16
 RAMP = [float(i - 5) for i in range(D)]
+AXIS = [1.0] + [0.0] * (D - 1)
 FORMAL = {"type": "steer", "vector": "formal", "strength": 1.5}
 VALUES = {"type": "steer", "layer": 1, "values": RAMP, "strength": 2.0}
 FEATURE = {"type": "steer", "sae": "jumprelu", "feature": 3}
@@ -200,6 +201,7 @@ def test_an_edit_of_several_latents_equals_several_edits_of_one(compiled):
         [SET, edit({"index": 3, "op": "set", "value": 2, "only_if_active": True})],
         [SET, edit({"index": 3, "op": "set", "value": 2}, sae="gated")],
         [edit({"index": 3, "op": "clamp", "min": 1}), edit({"index": 3, "op": "clamp", "max": 1})],
+        [{**VALUES, "values": AXIS, "mode": mode} for mode in ("add", "normalized")],  # one row, one op, two readings
         [FEATURE, SET, {**FEATURE, "mode": "project_out"}],
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from interventions.oracle import LayerResult, edit_layer, read_latents, row_source, select
-from interventions.program import Op, ReadKind
+from interventions.program import Channel, LayerProgram, Op, ReadKind, feature_key
 from interventions.selectors import Selector
 from sae_weights.sae import SAE
 
@@ -270,6 +270,44 @@ def test_edits_that_cancel_on_their_channel_have_not_fired(run, h):
     assert (result.fired == 0).all()
     assert not result.written.any()
     assert (result.dose == 0).all()
+
+
+def test_a_cancelled_channel_does_not_fire_beside_one_that_does(run, saes, h):
+    i = feature_with_both(saes["jumprelu"], h)
+    active = saes["jumprelu"].encode(h)[:, i] != 0
+    result = run(STEER, {**STEER, "strength": -1}, edit("jumprelu", op(i, "ablate")))
+    assert result.fired.tolist() == [4 if on else 0 for on in active]
+
+
+def test_channels_whose_deltas_cancel_write_nothing(run, h):
+    result = run(STEER, {**STEER, "values": [-x for x in RAMP]})
+    assert not result.written.any()
+    assert (result.fired == 0).all()
+    assert (result.dose == 0).all()
+
+
+def test_unwritten_tokens_keep_even_the_sign_of_their_zeros(run, h):
+    h[20:] = -0.0
+    result = run({**STEER, "tokens": "prompt"}).apply(h)
+    assert torch.signbit(result[20:]).all()
+
+
+def test_an_activation_at_its_threshold_is_off(saes, h):
+    sae = SAE.from_tensors(
+        architecture="jumprelu",
+        hook=saes["jumprelu"].hook,
+        W_enc=torch.eye(2, D),
+        W_dec=torch.eye(2, D),
+        b_dec=torch.zeros(D),
+        gate={"b_enc": torch.zeros(2), "threshold": torch.full((2,), 0.5)},
+    )
+    at = torch.zeros(2, D)
+    at[:, 0] = torch.tensor([0.5, 0.5 + 2**-20])
+    channel = Channel(ReadKind.LATENT, feature_key(sae.digest, 0), (Op(0.0, 0.0, -math.inf, math.inf, False, 0, 0),))
+    selected = torch.ones(1, 2, dtype=torch.bool)
+    result = edit_layer(at, LayerProgram(1, (channel,)), selected, row_source({}, {sae.digest: sae}))
+    assert result.written.tolist() == [False, True]
+    assert read_latents(at, sae, [0], 0).listed.flatten().tolist() == [0.0, 0.5 + 2**-20]
 
 
 def test_without_position_zero_in_the_selector_it_keeps_its_bits(run, h):

@@ -238,6 +238,27 @@ def test_after_reads_the_edited_stream(executor, payload):
         assert after != before
 
 
+def test_a_listed_feature_is_reported_once_even_if_it_is_among_the_largest(executor, payload):
+    top = executor.forward(PROMPT, 6, payload(inspect={"sae": "relu", "top_k": 3})).readings[0]
+    first = [pairs[0][0] for _, pairs in top]
+    asked = {"sae": "relu", "top_k": 3, "features": sorted(set(first))}
+    for (_, alone), (_, pairs) in zip(
+        top, executor.forward(PROMPT, 6, payload(inspect=asked)).readings[0], strict=True
+    ):
+        indices = [index for index, _ in pairs]
+        assert len(indices) == len(set(indices))
+        assert set(indices) == set(asked["features"]) | {index for index, _ in alone}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [("prompt", [1, 2, 3, 4, 5]), ("generated", [6, 7]), ("last_prompt_token", [5])]
+)
+def test_readings_select_by_phase(executor, payload, tokens, expected):
+    asked = payload(inspect={"sae": "relu", "features": [3], "tokens": tokens})
+    readings = executor.forward([*PROMPT, 3, 9], len(PROMPT), asked).readings[0]
+    assert [position for position, _ in readings] == expected
+
+
 def test_inspection_omits_position_zero_unless_asked(executor, payload):
     asked = {"sae": "relu", "features": [3]}
     assert executor.forward(PROMPT, 6, payload(inspect=asked)).readings[0][0][0] == 1
