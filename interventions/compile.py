@@ -45,6 +45,11 @@ __all__ = ["Catalogue", "CatalogueSAE", "Compiled", "Entry", "check_selectable",
 
 Array = npt.NDArray[np.float32]
 
+_LARGEST_STATE = 1e6
+"""Activations and norms of the residual stream stay below this (attention sinks reach some 10,000)."""
+_LARGEST_DELTA = 1e18
+"""Its square is still far inside float32."""
+
 _KEYWORD = {"all": ALL, "prompt": PROMPT, "generated": GENERATED, "last_prompt_token": LAST_PROMPT_TOKEN}
 
 
@@ -108,7 +113,6 @@ class _Compiler:
     catalogue: Catalogue
     channels: dict[tuple[int, ReadKind, str], list[_Instruction]] = field(default_factory=dict)
     vectors: dict[str, bytes] = field(default_factory=dict)
-    largest: dict[str, float] = field(default_factory=dict)
     needs_full: set[str] = field(default_factory=set)
     named: set[str] = field(default_factory=set)
     """Row keys of all instructions, no-ops included."""
@@ -150,8 +154,6 @@ class _Compiler:
             if self.add(layer, kind, key, instruction, silent=not row.any()):
                 self.vectors[key] = values
                 kept = True
-                if kind is ReadKind.NONE:
-                    self.check_sum(layer, key, row, f"{spec.param}.strength")
         return tuple(sorted(by_layer)), kept
 
     def edit_features(self, i: int, spec: EditFeatures, selector: Selector) -> tuple[tuple[int, ...], bool]:
@@ -176,13 +178,6 @@ class _Compiler:
             return False
         self.channels.setdefault((layer, kind, key), []).append(instruction)
         return True
-
-    def check_sum(self, layer: int, key: str, row: Array, param: str) -> None:
-        ops = self.channels[layer, ReadKind.NONE, key]
-        total = math.fsum(abs(op.beta) for op in ops) * _norm(row)
-        if not math.isfinite(_round(total * total)):
-            message = f"the added vector would have norm {total:.3g}, beyond what float32 arithmetic can carry"
-            raise InterventionError("invalid_intervention", f"{param}: {message}", param)
 
     # names to content ------------------------------------------------------------------------------------------------
 
@@ -259,6 +254,9 @@ class _Compiler:
 
     def selector(self, parts: Sequence[Part], include_bos: bool, param: str, code: Code) -> Selector:
         """The canonical selector of a ``tokens`` field."""
+        limits = self.catalogue.limits
+        _limit("selector_parts", len(parts), limits.selector_parts, param)
+        _limit("selector_tokens", sum(len(part.tokens) for part in parts), limits.selector_tokens, param)
         found: list[Selector] = []
         for part in parts:
             if part.keyword is not None:
@@ -304,6 +302,23 @@ class _Compiler:
         top_k = min(spec.top_k, offered.sae.n_features)
         return Read(offered.sae.digest, offered.layer, features, top_k, selector, spec.after)
 
+    def check_reach(self, kind: ReadKind, row: str, instructions: Sequence[_Instruction]) -> None:
+        """Refuse a channel whose delta could leave what float32 can square, so that no norm overflows to infinity."""
+        factor, reach = 1.0, 0.0
+        if kind is ReadKind.NONE:
+            factor = _norm(np.frombuffer(self.vectors[row], "<f4"))
+        elif kind is ReadKind.NORM:
+            factor = _LARGEST_STATE
+        else:
+            reach = _LARGEST_STATE
+        for op in instructions:
+            reach = abs(op.alpha) * reach + abs(op.beta)
+            reach = max(abs(min(max(x, op.lo), op.hi)) for x in (-reach, reach))
+            if reach * factor > _LARGEST_DELTA:
+                message = f"the edit could be of size {reach * factor:.3g}, beyond what float32 arithmetic can carry"
+                param = f"interventions[{op.intervention}]"
+                raise InterventionError("invalid_intervention", f"{param}: {message}", param)
+
     # canonical form --------------------------------------------------------------------------------------------------
 
     def program(self) -> Program | None:
@@ -314,6 +329,7 @@ class _Compiler:
         number = {selector: i for i, selector in enumerate(selectors)}
         layers: dict[int, list[Channel]] = {}
         for (layer, kind, row), instructions in sorted(self.channels.items()):
+            self.check_reach(kind, row, instructions)
             ops = [
                 Op(o.alpha, o.beta, o.lo, o.hi, o.only_if_active, number[o.selector], o.intervention)
                 for o in instructions

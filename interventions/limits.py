@@ -20,6 +20,8 @@ class Limits:
         propositions: propositions of all rule sets.
         inspected_features: listed features over all inspections.
         top_k: ``top_k`` of one inspection.
+        selector_parts: members of one ``tokens`` list.
+        selector_tokens: token ids and strings of one ``tokens`` field.
         bank_rows: rows of all running requests together.
     """
 
@@ -30,6 +32,8 @@ class Limits:
     propositions: int = 128
     inspected_features: int = 256
     top_k: int = 128
+    selector_parts: int = 64
+    selector_tokens: int = 1024
     bank_rows: int = 8192
 
     def __post_init__(self) -> None:

@@ -303,8 +303,6 @@ def test_setting_to_zero_and_clamping_are_not_noops(compiled):
         ({**VALUES, "values": [1.0]}, "wrong_dimension", "values", "d_model is 16"),
         ({**VALUES, "values": [RAMP, RAMP]}, "wrong_dimension", "values", "2 vectors for 1 layers"),
         ({**VALUES, "layer": None, "layers": [1, 2], "values": [RAMP]}, "wrong_dimension", "values", "1 vectors"),
-        ({**VALUES, "values": [3e38] * D}, "invalid_intervention", "strength", "norm"),
-        ({**VALUES, "strength": 1e25}, "invalid_intervention", "strength", "norm"),
         (
             {**VALUES, "values": [0] * D, "mode": "cap", "strength": None, "min": 0},
             "invalid_intervention",
@@ -337,6 +335,32 @@ def test_what_this_server_cannot_do_is_refused_with_its_field(refused, spec, cod
     assert (error.code, error.param) == (code, f"interventions[1].{param}")
     assert says in error.message
     assert error.status == 400
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [{**VALUES, "values": [3e38] * D}],
+        [{**VALUES, "strength": 1e18}],
+        [{**VALUES, "strength": 4e16}] * 2,
+        [{**VALUES, "strength": 1e13, "mode": "normalized"}],
+        [{**VALUES, "strength": 1e13, "mode": "project_out"}],
+        [{**VALUES, "strength": None, "min": 1e30, "mode": "cap"}],
+        [edit({"index": 3, "op": "set", "value": 3e38})],
+        [edit({"index": 3, "op": "clamp", "min": 3e38})],
+        [edit({"index": 3, "op": "scale", "value": 1e7})] * 2,
+    ],
+)
+def test_edits_that_would_overflow_float32_are_refused(refused, specs):
+    error = refused(*specs)
+    assert (error.code, error.param) == ("invalid_intervention", f"interventions[{len(specs) - 1}]")
+    assert "float32" in error.message
+
+
+def test_large_but_representable_edits_are_served(compiled):
+    compiled({**VALUES, "strength": 1e15}, edit({"index": 3, "op": "set", "value": 1e15}))
+    compiled({**VALUES, "strength": None, "mode": "cap", "min": -1e30, "max": 1e30})
+    compiled(edit({"index": 3, "op": "scale", "value": 1e10}), edit({"index": 3, "op": "clamp", "min": 0, "max": 10}))
 
 
 def test_a_string_is_one_token_as_given_or_else_with_a_leading_space(compiled):
@@ -376,6 +400,13 @@ def test_topk_edits_without_the_full_encode_path_name_the_flag(refused, compiled
             [],
             [{"sae": "relu", "features": [1, 2]}, {"sae": "topk", "features": [1, 2]}],
             "inspect",
+        ),
+        ({"selector_parts": 2}, [{**SET, "tokens": ["prompt"] * 3}], None, "interventions[0].tokens"),
+        (
+            {"selector_tokens": 2},
+            [{**SET, "tokens": [{"tokens": [1, 2]}, {"tokens": [3]}]}],
+            None,
+            "interventions[0].tokens",
         ),
         ({"top_k": 4}, [], {"sae": "relu", "top_k": 5}, "inspect.top_k"),
     ],
