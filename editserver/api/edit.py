@@ -134,7 +134,9 @@ class Edit:
                 choice.prompt = result.prompt_token_ids
             # With several sequences per prompt, vLLM reports the cached tokens of one of them only.
             choice.cached = result.num_cached_tokens if n == 1 else None
-            choice.output = [*choice.output, *output.token_ids] if delta else list(output.token_ids)
+            if not delta:
+                choice.output.clear()
+            choice.output.extend(output.token_ids)
             choice.journal = getattr(output, KEY, None)
             if self.travels:
                 if choice.journal is not None and choice.journal.error is not None:

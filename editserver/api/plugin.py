@@ -106,10 +106,9 @@ def check_handshake(config: EngineConfig, answers: list[Any]) -> None:
 
 def _exchange(state: Any, name: str, stock: type, edited: type) -> None:
     handler: Any = getattr(state, name, None)
-    if handler.__class__ is not stock:
-        raise HandshakeError(
-            f"vLLM's {name} is a {type(handler).__name__}, not the {stock.__name__} that edits build on"
-        )
+    found = type(handler)
+    if found is not stock:
+        raise HandshakeError(f"vLLM's {name} is a {found.__name__}, not the {stock.__name__} that edits build on")
     handler.__class__ = edited
     handler.editserver = state.editserver
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -44,18 +46,12 @@ curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '
 """
 
 
-def _dashes(name: str) -> str:
-    """vLLM accepts ``--max_dose`` for ``--max-dose``; so do we."""
-    return name if not name.startswith("--") else name.replace("_", "-")
-
-
 @app.command(
     help=SERVE_HELP,
     epilog=SERVE_EXAMPLES,
     context_settings={
         "allow_extra_args": True,
         "ignore_unknown_options": True,
-        "token_normalize_func": _dashes,
     },
 )
 def serve(
@@ -180,11 +176,21 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+def with_dashes(arguments: Sequence[str]) -> list[str]:
+    """vLLM accepts ``--max_dose`` for ``--max-dose``; so do our own options."""
+    spelt = []
+    for argument in arguments:
+        end = min((i for i in (argument.find("="), argument.find(".")) if i >= 0), default=len(argument))
+        name = argument[:end].replace("_", "-") if argument.startswith("--") else argument[:end]
+        spelt.append(name + argument[end:])
+    return spelt
+
+
 def main() -> None:
     """Entry point of the ``editserver`` script."""
     if importlib.util.find_spec("editserver.cli.sae") is not None:
         app.add_typer(importlib.import_module("editserver.cli.sae").app, name="sae", help="SAEs: list, inspect, train.")
-    app()
+    app(with_dashes(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def prepare(model: str, options: Options, vllm_flags: Sequence[str]) -> Namespac
             path = str(ensure_demo_model())
         except DemoModelError as error:
             raise UsageError(str(error)) from error
-        sources += [one for one in bundled() if one.startswith("smollm2-135m/") and one not in sources]
+        named = {source.partition("=")[0] for source in sources}
+        sources += [one for one in bundled() if one.startswith("smollm2-135m/") and one not in named]
         flags += demo_flags(flags)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", DEMO_KV_GIB)
         if options.arm_layers is None:

@@ -154,12 +154,13 @@ def _side_by_side(console: Console, client: Client, scene: Scene) -> None:
     console.print()
     console.print(Panel(scene.prompt, title="asked twice", border_style="dim"))
     change = f"feature {scene.feature}{label}: {scene.op} {scene.value:g}"
+    console.print(Text.assemble("the edit: ", (change, "magenta"), f" in {SAE_ID}"))
     width = max(30, console.width // 2 - 1)
     console.print(
         Columns(
             [
                 Panel(plain.text, title="plain", width=width),
-                Panel(edited.text, title=f"edited: {change}", width=width, border_style="magenta"),
+                Panel(edited.text, title="edited", width=width, border_style="magenta"),
             ]
         )
     )
