@@ -70,6 +70,7 @@ def train(
     features: Annotated[int, typer.Option(help="Number of latents.")] = 4608,
     k: Annotated[int, typer.Option(help="Latents per token, on average.")] = 32,
     tokens: Annotated[str, typer.Option(help="Training tokens, e.g. 5M.")] = "5M",
+    distinct: Annotated[str, typer.Option(help="Different tokens among them, at most; the rest are repeats.")] = "2M",
     conversations: Annotated[int, typer.Option(help="Chats that the model answers for training text.")] = 1500,
     work: Annotated[Path | None, typer.Option(help="Where text, activations and checkpoints are kept.")] = None,
 ) -> None:
@@ -87,7 +88,9 @@ def train(
     path = str(ensure_demo_model()) if model == "demo" else model
     name = "smollm2-135m-instruct" if model == "demo" else model
     recipe = Recipe(n_features=features, k=k)
-    plan = Plan(layer, parse_count(tokens), conversations, recipe=recipe, model_name=name)
+    plan = Plan(
+        layer, parse_count(tokens), conversations, distinct=parse_count(distinct), recipe=recipe, model_name=name
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, Any] = {}

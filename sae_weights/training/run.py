@@ -29,6 +29,10 @@ HELD_OUT = 0.03
 """Share of the windows of every source that is never trained on."""
 
 
+SHARES = {"prose": 0.5, "glosses": 0.1, "code": 0.07, "chat": 0.33}
+"""How the distinct tokens divide between the sources."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to train.
@@ -38,12 +42,14 @@ class Plan:
         tokens: training tokens in all (several passes over the text if it is shorter).
         conversations: how many chats the model is asked to answer.
         window: tokens per sequence.
+        distinct: different tokens to read activations of, at most; more passes make up for it.
     """
 
     layer: int
     tokens: int
     conversations: int = 1500
     window: int = 256
+    distinct: int = 1_000_000
     recipe: Recipe = field(default_factory=Recipe)
     model_name: str = "smollm2-135m-instruct"
 
@@ -103,6 +109,16 @@ def split(windows_: list[list[int]], seed: int = 0) -> tuple[list[list[int]], li
     random.Random(seed).shuffle(shuffled)
     held = max(1, int(len(shuffled) * HELD_OUT))
     return shuffled[held:], shuffled[:held]
+
+
+def _cap(sequences_: list[list[int]], tokens: int) -> None:
+    """Keep the first sequences (they are shuffled) up to ``tokens``."""
+    seen = 0
+    for i, sequence in enumerate(sequences_):
+        seen += len(sequence)
+        if seen > tokens:
+            del sequences_[i:]
+            return
 
 
 def run(
