@@ -152,15 +152,15 @@ def _side_by_side(console: Console, client: Client, scene: Scene) -> None:
         edited = client.chat(scene.prompt, interventions=[scene.edit], inspect=inspect, **asked)
     label = f" ({scene.label})" if scene.label else ""
     console.print()
-    console.print(Panel(scene.prompt, title="asked twice", border_style="dim"))
+    console.print(Panel(Text(scene.prompt), title="asked twice", border_style="dim"))
     change = f"feature {scene.feature}{label}: {scene.op} {scene.value:g}"
     console.print(Text.assemble("the edit: ", (change, "magenta"), f" in {SAE_ID}"))
     width = max(30, console.width // 2 - 1)
     console.print(
         Columns(
             [
-                Panel(plain.text, title="plain", width=width),
-                Panel(edited.text, title="edited", width=width, border_style="magenta"),
+                Panel(Text(plain.text), title="plain", width=width),
+                Panel(Text(edited.text), title="edited", width=width, border_style="magenta"),
             ]
         )
     )
@@ -172,8 +172,8 @@ def _side_by_side(console: Console, client: Client, scene: Scene) -> None:
 
 def _receipt(answer: ChatResponse) -> Table:
     table = Table(title="receipt: what was really edited", title_justify="left")
-    for name in ("intervention", "layer", "tokens edited", "in the prompt", "fired", "mean dose", "largest dose"):
-        table.add_column(name, justify="right" if name != "intervention" else "left")
+    for name in ("type", "layer", "tokens edited", "in prompt", "fired", "mean dose", "max dose"):
+        table.add_column(name, justify="left" if name == "type" else "right", no_wrap=name == "type")
     for entry in answer.receipt.receipt if answer.receipt is not None else ():
         numbers = (entry.layer, entry.tokens_edited, entry.prompt_tokens_edited, entry.fired)
         doses = ("" if dose is None else f"{dose:.2f}" for dose in (entry.dose_mean, entry.dose_max))
@@ -201,7 +201,7 @@ def _features(answer: ChatResponse, scene: Scene) -> Table:
     for index in sorted(total, key=lambda i: -total[i])[:TOP_FEATURES]:
         style = "magenta" if index == scene.feature else ""
         mean = f"{total[index] / max(1, len(tokens)):.2f}"
-        table.add_row(str(index), labels[index], mean, repr(best[index][1]), style=style)
+        table.add_row(str(index), Text(labels[index]), mean, Text(repr(best[index][1])), style=style)
     return table
 
 
