@@ -134,6 +134,8 @@ def run(
     """Train, save a SAELens folder to ``out`` with its card, and return the card's figures."""
     work.mkdir(parents=True, exist_ok=True)
     parts = {name: split(w) for name, w in sequences(tokenizer, load_model, plan, work, report).items()}
+    for name, (windows_, _) in parts.items():
+        _cap(windows_, int(plan.distinct * SHARES[name]))
     held = {
         name: _activations(load_model, plan, part[1], work / f"held-{name}", name, report)
         for name, part in parts.items()
