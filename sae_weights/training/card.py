@@ -33,7 +33,7 @@ A sparse autoencoder on `resid_post` of decoder layer {figures["layer"]} (0-base
 {recipe["n_features"]} latents, BatchTopK with k = {recipe["k"]}, saved as JumpReLU in SAELens' folder layout
 (bf16, unit decoder rows: an activation is a length in the residual stream). Licence of the weights: Apache-2.0.
 
-Made by `editserver sae train --model demo --layer {figures["layer"]}`.
+Made by `editserver sae train --model demo {figures["options"]}`.
 
 ## Quality, on held-out ordinary tokens
 

@@ -164,6 +164,8 @@ def run(
     figures = judge(load_model, out, plan, held, {name: part[1] for name, part in parts.items()}, median)
     figures |= {
         "layer": plan.layer,
+        "options": f"--layer {plan.layer} --features {plan.recipe.n_features} --k {plan.recipe.k} --tokens {plan.tokens} "
+        f"--distinct {plan.distinct} --conversations {plan.conversations}",
         "training_tokens": trainer.steps * plan.recipe.batch,
         "distinct_tokens": {name: len(a.values) for name, a in seen.items()},
         "outliers_dropped": sum(a.dropped for a in seen.values()),
