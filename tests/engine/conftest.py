@@ -9,6 +9,7 @@ import pytest
 
 from editserver.demo.model import ensure_demo_model
 from tests.engine.dictionaries import ARCHITECTURES, write_sae
+from tests.engine.lab import Lab
 from tests.engine.support import Engine
 
 LAYERS = (0, 15, 29)
@@ -38,3 +39,9 @@ def engine(model: Path, sae_folders: dict[str, Path]) -> Iterator[Engine]:
     engine = Engine.start(model, sae_folders, LAYERS, num_gpu_blocks_override=96, max_num_batched_tokens=512)
     yield engine
     engine.stop()
+
+
+@pytest.fixture(scope="session")
+def lab(engine: Engine) -> Lab:
+    """The session's engine with a memory of what it answers to requests that run alone."""
+    return Lab(engine)

@@ -75,6 +75,8 @@ class Engine:
     llm: Any
     catalogue: ServedCatalogue
     _serial: int = field(default=0)
+    processes: bool = False
+    """Whether the core runs in its own process, as in a server (then a test cannot reach in)."""
 
     @classmethod
     def start(
@@ -85,14 +87,20 @@ class Engine:
         *,
         max_dose: DoseBound | None = None,
         bank_rows: int = 2048,
+        processes: bool = False,
         **engine_args: Any,
     ) -> Engine:
-        """Start an armed engine on ``model`` with the SAEs ``{id: folder}``."""
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        """Start an armed engine on ``model`` with the SAEs ``{id: folder}``.
+
+        One process holds one armed model, so a second engine next to a first one needs ``processes``.
+        """
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes))
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM
+        from vllm import LLM, envs
 
+        envs.disable_envs_cache()  # an engine that started earlier froze the variables above
         sources = []
         for name, folder in sae_folders.items():
             sae = load_sae(folder)
@@ -118,7 +126,7 @@ class Engine:
             vocab_size=hf.vocab_size,
             tokenizer=llm.get_tokenizer(),
         )
-        return cls(llm, catalogue)
+        return cls(llm, catalogue, processes=processes)
 
     @property
     def core(self) -> Any:
@@ -190,7 +198,8 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
         gc.collect()
-        cleanup_dist_env_and_memory()
+        if not self.processes:
+            cleanup_dist_env_and_memory()
 
 
 def answer_of(choice: Any, cached: int | None, compiled: Compiled) -> Answer:

@@ -1,0 +1,116 @@
+"""The row bank's ledger against a model that keeps nothing but what each request asked for."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from editserver.engine.bank import BankLedger
+
+CAPACITY = 4
+KEYS = [f"row{i}" for i in range(7)]
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Requests take and return rows in any order; slots are remembered from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = BankLedger(CAPACITY)
+        self.held: dict[str, dict[str, int]] = {}
+        self.idle: list[str] = []
+        """Keys that nobody holds and whose slot was not given away: least recently released first."""
+        self.slots: dict[str, int] = {}
+        self.serial = 0
+
+    def counted(self) -> dict[str, int]:
+        """Key → number of holders."""
+        return {key: sum(key in rows for rows in self.held.values()) for rows in self.held.values() for key in rows}
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=6))
+    def acquire(self, keys: list[str]) -> None:
+        in_use = self.counted()
+        holder, self.serial = f"request{self.serial}", self.serial + 1
+        new = [key for key in keys if key not in in_use]
+        slots = self.ledger.acquire(holder, keys)
+        assert (slots is not None) == (len(in_use) + len(new) <= CAPACITY), "all or none, and only for want of room"
+        if slots is None:
+            return
+        assert len(slots) == len(keys)
+        granted = dict(zip(keys, slots, strict=True))
+        self.idle = [key for key in self.idle if key not in keys]
+        for key, slot in granted.items():
+            if key in self.slots:
+                assert slot == self.slots[key], "a row that is still there was put somewhere else"
+                continue
+            owner = next((k for k, s in self.slots.items() if s == slot), None)
+            if owner is not None:
+                assert self.idle, f"the slot of {owner}, which is held, was given away"
+                assert owner == self.idle.pop(0), "not the least recently used row made room"
+                assert len(self.slots) == CAPACITY, "a row was thrown out although slots were unused"
+                del self.slots[owner]
+            self.slots[key] = slot
+        self.held[holder] = granted
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.held)))
+        keys = self.held.pop(holder)
+        assert self.ledger.release(holder)
+        assert not self.ledger.release(holder), "released twice"
+        in_use = self.counted()
+        self.idle += [key for key in keys if key not in in_use]
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def acquire_again(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.held)))
+        with pytest.raises(ValueError, match="already holds"):
+            self.ledger.acquire(holder, KEYS[:1])
+
+    @invariant()
+    def never_two_keys_in_one_slot(self) -> None:
+        assert len(set(self.slots.values())) == len(self.slots) <= CAPACITY
+        assert set(self.slots.values()) <= set(range(CAPACITY))
+
+    @invariant()
+    def held_rows_stay_where_they_are(self) -> None:
+        for rows in self.held.values():
+            assert all(self.slots[key] == slot for key, slot in rows.items())
+
+    @invariant()
+    def counts_are_right(self) -> None:
+        assert self.ledger.in_use == len(self.counted())
+        assert self.ledger.holders == len(self.held)
+
+
+class TestLedger(LedgerMachine.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def test_a_row_that_comes_back_keeps_its_slot() -> None:
+    ledger = BankLedger(2)
+    first = ledger.acquire("a", ["x"])
+    ledger.release("a")
+    assert ledger.acquire("b", ["x"]) == first
+
+
+def test_a_request_that_does_not_fit_takes_nothing() -> None:
+    ledger = BankLedger(2)
+    ledger.acquire("a", ["x"])
+    assert ledger.acquire("b", ["y", "z"]) is None
+    assert (ledger.in_use, ledger.holders) == (1, 1)
+    assert not ledger.release("b")
+
+
+def test_rows_that_others_hold_cost_nothing() -> None:
+    ledger = BankLedger(2)
+    assert ledger.acquire("a", ["x", "y"]) == ledger.acquire("b", ["x", "y"])
+
+
+def test_a_bank_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        BankLedger(0)
