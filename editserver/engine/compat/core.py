@@ -111,6 +111,10 @@ def _wrap_scheduler(scheduler: Any) -> None:
         add_request(self, request)
         return True
 
+    def admit_waiting(self: Any, state: CoreState) -> None:
+        while state.waiting and admit(self, state, state.waiting[0]):
+            state.waiting.popleft()
+
     @functools.wraps(add_request)
     def _add_request(self: Any, request: Any) -> None:
         state = _state(self)
@@ -126,21 +130,26 @@ def _wrap_scheduler(scheduler: Any) -> None:
         freed = free_request(self, request, *args, **kwargs)
         state = _state(self)
         if state is not None and state.ledger.release(request.request_id):
-            while state.waiting and admit(self, state, state.waiting[0]):
-                state.waiting.popleft()
+            admit_waiting(self, state)
         return freed
 
     @functools.wraps(finish_requests)
     def _finish_requests(self: Any, request_ids: Any, finished_status: Any) -> Any:
         state = _state(self)
-        if state is not None:
-            if isinstance(request_ids, str):
-                request_ids = (request_ids,)
-            gone = None if request_ids is None else set(request_ids)
-            state.waiting = deque(r for r in state.waiting if gone is not None and r.request_id not in gone)
-            for request_id in list(state.pending) if gone is None else gone:
-                state.pending.pop(request_id, None)
-        return finish_requests(self, request_ids, finished_status)
+        if state is None:
+            return finish_requests(self, request_ids, finished_status)
+        if isinstance(request_ids, str):
+            request_ids = (request_ids,)
+        gone = None if request_ids is None else set(request_ids)
+        dropped = [r for r in state.waiting if gone is None or r.request_id in gone]
+        for request in dropped:
+            state.waiting.remove(request)
+            request.status = finished_status
+        for request_id in list(state.pending) if gone is None else gone:
+            state.pending.pop(request_id, None)
+        finished = finish_requests(self, gone, finished_status)
+        admit_waiting(self, state)  # the first in the queue may be gone, and the next one fit
+        return [*finished, *dropped]  # whose clients the caller tells; vLLM's scheduler never saw the dropped ones
 
     @functools.wraps(update_from_output)
     def _update_from_output(
