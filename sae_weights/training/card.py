@@ -38,7 +38,7 @@ Made by `editserver sae train --model demo {figures["options"]}`.
 ## Quality, on held-out ordinary tokens
 
 Position 0 and tokens with ‖h‖ > 10 × the median ({figures["median_norm"]}) are neither trained on nor counted.
-The weights judged are the saved ones.
+The weights judged are the saved ones. Held-out windows are other parts of the documents that were trained on.
 
 | text | tokens | FVU | L0 | CE clean | CE with reconstruction | CE zero-ablated | CE recovered |
 | --- | --- | --- | --- | --- | --- | --- | --- |
