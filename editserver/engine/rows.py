@@ -12,6 +12,9 @@ from editserver.engine.config import EngineConfig
 from editserver.engine.kernel_cpu import INPUT_NORMS
 from interventions.program import parse_feature_key
 
+FULL_ENCODE_BLOCK = 16
+"""Rows of every dense product of the full-encode path."""
+
 
 class Dictionaries:
     """The server's SAEs by content digest, opened read-only by every process that needs them."""
@@ -42,10 +45,16 @@ class Dictionaries:
             raise KeyError(f"no SAE with digest {digest[:12]}… on this worker") from None
 
     def full_encode(self, digest: str, h: torch.Tensor) -> torch.Tensor:
-        """All activations ``[n, n_features]`` (fp32) of the SAE for ``h [n, d]``; refuses SAEs it is not enabled for."""
+        """All activations ``[n, n_features]`` (fp32) of the SAE for ``h [n, d]``; refuses SAEs it is not enabled for.
+
+        Always in products of ``FULL_ENCODE_BLOCK`` rows, the last one filled up with zeros: a BLAS may add in another
+        order for another number of rows, and then a chunked prefill would not see the bits that a whole one sees.
+        """
         if digest not in self._full:
             raise ValueError(f"the full-encode path is off for the SAE {digest[:12]}…")
-        return self[digest].encode(h)
+        n = len(h)
+        padded = torch.nn.functional.pad(h, (0, 0, 0, -n % FULL_ENCODE_BLOCK))
+        return torch.cat([self[digest].encode(block) for block in padded.split(FULL_ENCODE_BLOCK)])[:n]
 
     def input_norm(self, digest: str) -> int:
         """How the SAE normalises its input, as the kernel's code."""
