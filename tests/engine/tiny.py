@@ -48,7 +48,8 @@ class Job:
     """One start of a server and what is asked of it.
 
     ``armed`` None starts without editserver's configuration. ``requests`` are prompts with the hex of a payload or None.
-    ``unarm`` takes the splice out again after the first handshake.
+    ``unarm`` takes the splice out again after the first handshake. An engine in this process (``own_core`` False) does not
+    survive a request that it refuses: ask for that last.
     """
 
     model: str
@@ -56,12 +57,13 @@ class Job:
     requests: Sequence[tuple[Sequence[int], str | None]]
     eager: bool = False
     unarm: Sequence[int] = ()
+    own_core: bool = False
     max_tokens: int = 4
 
 
 @dataclass
 class Result:
-    """What the process saw. ``answers[i]`` is ``{"tokens", "top": [{token: logprob}]}`` or ``{"error"}``."""
+    """What the process saw. ``answers[i]`` is ``{"tokens", "top": [{token: logprob}], "reason"}`` or ``{"error"}``."""
 
     answers: list[dict[str, Any]] = field(default_factory=list)
     handshakes: list[dict[str, Any]] = field(default_factory=list)
@@ -82,7 +84,7 @@ def run(job: Job, out: Path, environment: Mapping[str, str]) -> Result:
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(job.own_core)),
         "VLLM_LOGGING_LEVEL": "INFO",
         "PYTHONPATH": str(REPOSITORY),
     }
@@ -147,7 +149,7 @@ def _main(out: Path) -> None:
             result.fired.append({})
             continue
         top = [{str(token): entry.logprob for token, entry in step.items()} for step in completion.logprobs]
-        result.answers.append({"tokens": list(completion.token_ids), "top": top})
+        result.answers.append({"tokens": list(completion.token_ids), "top": top, "reason": completion.finish_reason})
         journal = getattr(completion, "editserver", None)
         layers = range(N_LAYERS) if journal is not None else ()
         result.fired.append({str(layer): journal.stats(0, layer, 10**6).fired for layer in layers})

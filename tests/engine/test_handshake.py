@@ -1,0 +1,60 @@
+"""A server that cannot edit says so before the first request, and never answers an edited request unedited (promise 6)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.test_compile_cache import PROMPT, steering
+from tests.engine.tiny import Job, Result, run, write_model
+
+EDITED = steering(1).to_bytes().hex()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, and room for the results of its processes."""
+    return write_model(tmp_path_factory.mktemp("handshake"))
+
+
+@pytest.fixture(scope="module")
+def unspliced(folder: Path) -> Result:
+    """Armed at layers 1 and 2; layer 1 then loses its splice. Asked: plain, edited at layer 1."""
+    requests = [(PROMPT, None), (PROMPT, EDITED)]
+    return run(Job(str(folder), [1, 2], requests, eager=True, unarm=[1]), folder / "unspliced.json", {})
+
+
+@pytest.fixture(scope="module")
+def unconfigured(folder: Path) -> Result:
+    """The plugin is installed, the server was started without its configuration. Asked: plain, edited, plain."""
+    requests = [(PROMPT, None), (PROMPT, EDITED), (PROMPT, None)]
+    return run(Job(str(folder), None, requests, eager=True, own_core=True), folder / "unconfigured.json", {})
+
+
+def test_the_handshake_counts_the_ops_that_the_model_really_calls(unspliced: Result) -> None:
+    before, after = unspliced.handshakes
+    assert (before["ok"], before["error"], before["armed"]) == (True, None, [1, 2])
+    assert not after["ok"]
+    assert after["error"] == "the compiled model does not call the edit op of layers [1]"
+
+
+def test_a_step_whose_op_did_not_run_fails_instead_of_answering_unedited(unspliced: Result) -> None:
+    plain, edited = unspliced.answers
+    assert len(plain["tokens"]) == 4
+    assert "the edit op of layers [1] did not run in this step" in edited["error"]
+
+
+def test_a_server_without_configuration_refuses_programs_by_name(unconfigured: Result) -> None:
+    before, edited, after = unconfigured.answers
+    assert (edited.get("tokens"), edited.get("reason")) == ([], "error")
+    assert "this server was not started with editserver: it cannot run interventions" in unconfigured.log
+    assert before == after, "and answers the next request as before"
+    assert len(after["tokens"]) == 4
+
+
+def test_a_server_without_configuration_arms_nothing(unconfigured: Result, unspliced: Result) -> None:
+    assert "editserver.engine.plugin" in unconfigured.editserver_modules
+    assert "editserver.engine.op" not in unconfigured.editserver_modules
+    assert "editserver: armed layers [1, 2] of LlamaForCausalLM" in unspliced.log
+    assert "editserver: armed" not in unconfigured.log
