@@ -42,6 +42,8 @@ def engine(model: Path, sae_folders: dict[str, Path]) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def lab(engine: Engine) -> Lab:
+def lab(engine: Engine) -> Iterator[Lab]:
     """The session's engine with a memory of what it answers to requests that run alone."""
-    return Lab(engine)
+    lab = Lab(engine)
+    yield lab
+    print("\nfp32 eager, largest |Δ log p| from the run alone:", lab.worst)

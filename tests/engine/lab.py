@@ -61,10 +61,12 @@ class Lab:
         gap = self.note("edited", answer.differs(self.alone(ask)))
         assert gap <= tolerance, f"differs from its run alone by {gap:.2e}, vanilla by at most {tolerance:.2e}: {ask}"
 
-    def assert_edit_shows(self, ask: Ask, answer: Answer, unedited: Answer | None = None) -> None:
-        """The edited answer is not the plain one (``unedited``, or the plain request's run alone)."""
+    def assert_edit_shows(
+        self, ask: Ask, answer: Answer, unedited: Answer | None = None, tolerance: float = 0.0
+    ) -> None:
+        """The edited answer is not the plain one (``unedited``, or the plain request's run alone), noise or not."""
         gap = answer.differs(unedited or self.alone(plain(ask)))
-        assert gap >= DIFFERENT, f"the edit changed no log-probability by more than {gap:.2e}: {ask}"
+        assert gap >= max(DIFFERENT, tolerance), f"the edit changed no log-probability by more than {gap:.2e}: {ask}"
 
     @property
     def state(self) -> CoreState:

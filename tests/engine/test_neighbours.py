@@ -27,7 +27,9 @@ def compiled_lab(model: Path, sae_folders: dict[str, Path]) -> Iterator[Lab]:
         num_gpu_blocks_override=96,
         max_num_batched_tokens=512,
     )
-    yield Lab(engine)
+    lab = Lab(engine)
+    yield lab
+    print("\nbf16 compiled, largest |Δ log p| from the run alone:", lab.worst)
     engine.stop()
 
 

@@ -27,7 +27,7 @@ def test_preempted_requests_have_the_same_edits_when_they_come_back(lab: Lab) ->
     checks.preempted(lab)
 
 
-@pytest.mark.parametrize(("seed", "blocks"), [(0, None), (1, 9)])
+@pytest.mark.parametrize(("seed", "blocks"), [(0, None), (1, 7)])
 def test_arrivals_finishes_and_aborts_mix_up_nothing(lab: Lab, seed: int, blocks: int | None) -> None:
     checks.churn(lab, seed, blocks=blocks)
 
