@@ -19,7 +19,7 @@ from editserver.engine.wire import StepRecord
 from interventions.program import Payload, Read, feature_key
 
 FULL_ENCODE_CHUNK = 256
-"""Tokens per dense product of the full-encode path: bounds its memory at chunk × n_features × 4 bytes."""
+"""Tokens that the full-encode path holds at a time: bounds its memory at chunk × n_features × 4 bytes."""
 
 Array = npt.NDArray[Any]
 

@@ -8,4 +8,3 @@ def test_an_edit_changes_the_answer_and_says_where(engine: Engine) -> None:
     assert edited.journal is not None
     assert edited.journal.covers(0, 40 + 8 - 1)
     assert edited.journal.stats(0, 15, 10**6).fired == 40 + 8 - 2
-    print(edited.journal.stats(0, 15, 10**6), edited.differs(plain))
