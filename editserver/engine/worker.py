@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,18 @@ from editserver.engine.plan import Plan, Segment
 from editserver.engine.resident import LayerTable, Resident, ResidentSet
 from editserver.engine.rows import Dictionaries, RowBank
 from editserver.engine.wire import StepRecord
-from interventions.program import Payload, Read, feature_key
+from interventions.program import (
+    Channel,
+    LayerProgram,
+    Op,
+    Payload,
+    Program,
+    Read,
+    ReadKind,
+    feature_key,
+    vector_key,
+)
+from interventions.selectors import ALL
 
 FULL_ENCODE_CHUNK = 256
 """Tokens that the full-encode path holds at a time: bounds its memory at chunk × n_features × 4 bytes."""
@@ -282,11 +294,25 @@ class EngineWorker:
     # -- proof --------------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compile the kernels now, so that the first edited request does not wait for it."""
-        h = torch.zeros(1, self.d_model)
-        empty = np.zeros(0, np.int32)
-        out = np.empty((1, 0), np.float32)
-        read_latents(h.numpy(), empty, PLAIN_INPUT, self.bank.read.numpy(), self.bank.gate.numpy(), out)
+        """Run one step of a program that changes nothing: compiles the kernels before the first edited request does."""
+        if not self.config.armed:
+            return
+        values = np.zeros(self.d_model, "<f4").tobytes()
+        key = vector_key(values)
+        add = Op(1.0, 1.0, -math.inf, math.inf, False, 0, 0)
+        program = Program(
+            (LayerProgram(self.config.armed[0], (Channel(ReadKind.NONE, key, (add,)),)),), (ALL,), {key: values}
+        )
+        self.add_request("warm-up", Payload(program, (), None), [0], 1)
+        positions, token_ids = np.arange(2, dtype=np.int64), np.zeros(2, np.int32)
+        self.begin_step(["warm-up"], np.array([0, 2], np.int32), positions, token_ids)
+        hidden = torch.zeros(2, self.d_model, dtype=self.dtype)
+        self.run(self.config.armed[0], hidden, hidden.clone())
+        self.end_step()
+        self.remove_request("warm-up")
+        out = np.empty((2, 1), np.float32)
+        gate, rows = self.bank.gate.numpy(), self.bank.read.numpy()
+        read_latents(hidden.float().numpy(), np.zeros(1, np.int32), PLAIN_INPUT, rows, gate, out)
 
 
 def _chunks(tokens: slice) -> list[slice]:
