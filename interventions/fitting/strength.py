@@ -15,6 +15,9 @@ import math
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 REFUSED = math.inf
 """The effect to report for a strength that cannot be run (a dose above its bound): it counts as above any target."""
 
@@ -70,6 +73,19 @@ class TargetNotReached(ValueError):
         self.nearest = (min if self.above else max)(run, key=lambda point: point.effect, default=None)
         self.curve = curve
         super().__init__(f"no strength has the effect {target:g}; nearest was {self.nearest}")
+
+
+def kl_divergence(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> float:
+    """KL(p ‖ q) = Σ p·(log p − log q) in nats, of two distributions over the same tokens.
+
+    Args:
+        p, q: log-probabilities ``[vocab]``; where p is −∞ there is nothing to add.
+
+    Returns:
+        at least 0 (rounding below it is cut off), and infinite where q excludes what p allows.
+    """
+    held = np.isfinite(p)
+    return max(0.0, float((np.exp(p[held]) * (p[held] - q[held])).sum()))
 
 
 async def calibrate(

@@ -267,6 +267,54 @@ ENDPOINTS: list[tuple[Any, str, str, Any, Any, Any]] = [
         lambda a: a.score_name == "auroc" and a.data[0].index == 5,
     ),
     (
+        lambda c: c.contrast(SAE, ["good", [{"role": "user", "content": "Hi"}]], ["bad"], pool="mean", max_density=0.2),
+        "POST",
+        f"/v1/saes/{SAE}/contrast",
+        {
+            "positive": ["good", [{"role": "user", "content": "Hi"}]],
+            "negative": ["bad"],
+            "limit": 10,
+            "pool": "mean",
+            "max_density": 0.2,
+        },
+        {
+            "score_name": "difference_of_means",
+            "data": [{"index": 5, "score": 0.4, "auroc": 0.9, "auroc_interval": [0.7, 1.0], "mean_positive": 3.0}],
+            "truncated_tokens": 2,
+        },
+        lambda a: a.data[0].auroc_interval == (0.7, 1.0) and a.truncated_tokens == 2,
+    ),
+    (
+        lambda c: c.calibrate_strength(Steer(sae=SAE, feature=12, strength=-1), ["Once upon"], target_kl=0.25),
+        "POST",
+        "/v1/calibrate_strength",
+        {
+            "intervention": {"type": "steer", "sae": SAE, "feature": 12, "strength": -1.0},
+            "prompts": ["Once upon"],
+            "target_kl": 0.25,
+        },
+        {
+            "strength": -31.5,
+            "kl": 0.26,
+            "dose_mean": 0.18,
+            "curve": [{"strength": -1, "kl": 0.001, "dose_mean": 0.006}, {"strength": -31.5, "kl": 0.26}],
+            "intervention": {"type": "steer", "sae": SAE, "feature": 12, "strength": -31.5},
+        },
+        lambda a: a.strength == -31.5 and a.curve[0].kl == 0.001 and a.intervention["strength"] == -31.5,
+    ),
+    (
+        lambda c: c.calibrate_strength({"type": "steer", "vector": "v"}, [[{"role": "user", "content": "Hi"}]]),
+        "POST",
+        "/v1/calibrate_strength",
+        {
+            "intervention": {"type": "steer", "vector": "v"},
+            "prompts": [[{"role": "user", "content": "Hi"}]],
+            "target_kl": 0.5,
+        },
+        {"strength": 2, "kl": 0.5, "dose_mean": None, "curve": []},
+        lambda a: a.strength == 2.0 and a.dose_mean is None,
+    ),
+    (
         lambda c: c.tokenize("Hi there", add_special_tokens=False),
         "POST",
         "/tokenize",
@@ -364,6 +412,9 @@ def test_parameters_that_would_be_lost_are_refused(server: Any, params: dict[str
         lambda c: c.library.vectors.get(""),
         lambda c: c.activations(SAE),
         lambda c: c.activations(SAE, "a", messages="b"),
+        lambda c: c.contrast(SAE, "one text", ["another"]),
+        lambda c: c.contrast(SAE, ["a text"], [{"role": "user", "content": "one chat"}]),
+        lambda c: c.calibrate_strength(Steer(vector="v"), "one text"),
     ],
 )
 def test_calls_without_a_subject_are_refused_before_sending(server: Any, driver: Any, action: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interventions.fitting.strength import REFUSED, TargetNotReached, calibrate
+from interventions.fitting.strength import REFUSED, TargetNotReached, calibrate, kl_divergence
 
 
 def gaussian_kl(strength: float) -> float:
@@ -149,3 +149,13 @@ async def test_it_never_measures_more_often_than_allowed(effect: Callable[[float
 async def test_arguments_must_be_above_zero(argument: str) -> None:
     with pytest.raises(ValueError, match=argument):
         await calibrate(gaussian_kl, **({"target": 0.5} | {argument: 0.0}))
+
+
+def test_the_divergence_is_that_of_the_textbook() -> None:
+    p, q = np.array([0.5, 0.25, 0.25, 0.0]), np.array([0.25, 0.25, 0.4, 0.1])
+    with np.errstate(divide="ignore"):
+        p_log, q_log = np.log(p), np.log(q)
+    expected = 0.5 * math.log(2) + 0.25 * math.log(0.25 / 0.4)
+    assert kl_divergence(p_log, q_log) == pytest.approx(expected)
+    assert kl_divergence(q_log, q_log) == 0.0
+    assert kl_divergence(q_log, p_log) == math.inf

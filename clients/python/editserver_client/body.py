@@ -15,6 +15,9 @@ Messages = str | Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 """A text, a list of texts, token ids, or a list of lists of token ids."""
 
+Texts = Sequence[str | Sequence[Mapping[str, Any]]]
+"""Texts, and chats as lists of messages."""
+
 Interventions = Sequence[Intervention | Mapping[str, Any]]
 InspectLike = Inspect | Mapping[str, Any] | Sequence[Inspect | Mapping[str, Any]]
 
@@ -51,6 +54,17 @@ def chat_messages(messages: Messages) -> list[dict[str, Any]]:
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     return [dict(message) for message in messages]
+
+
+def texts(given: Texts) -> list[Any]:
+    """Texts and chats as JSON.
+
+    Raises:
+        TypeError: one text, or one chat, where a list is expected.
+    """
+    if isinstance(given, str) or any(isinstance(one, Mapping) for one in given):
+        raise TypeError(f"expected a list of texts or chats, got one {'text' if isinstance(given, str) else 'chat'}")
+    return [one if isinstance(one, str) else [dict(message) for message in one] for one in given]
 
 
 def generation(

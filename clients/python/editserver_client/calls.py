@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
-from .body import Messages, chat_messages
+from .body import Messages, Texts, chat_messages, texts
 from .catalogue import (
     Activations,
     Artifact,
@@ -18,9 +18,11 @@ from .catalogue import (
     FeatureCard,
     FeatureInfo,
     SAEInfo,
+    StrengthCalibration,
     Tokenization,
 )
 from .exceptions import UnexpectedResponse
+from .interventions import Intervention
 from .responses import ChatResponse, CompletionResponse
 from .wire import Wire, to_json
 
@@ -72,6 +74,7 @@ _read_features = _list_reader(FeatureInfo)
 _read_feature = _reader(FeatureCard)
 _read_activations = _list_reader(Activations)
 _read_contrast = _reader(Contrast)
+_read_calibration = _reader(StrengthCalibration)
 _read_tokens = _reader(Tokenization)
 _read_artifact = _reader(Artifact)
 _read_artifacts = _list_reader(Artifact)
@@ -127,9 +130,19 @@ def activations(
     return Call("POST", f"{_sae_path(id)}/activations", _read_activations, json=body)
 
 
-def contrast(id: str, positive: Sequence[str], negative: Sequence[str], limit: int) -> Call[Contrast]:
-    body = {"positive": list(positive), "negative": list(negative), "limit": limit}
+def contrast(
+    id: str, positive: Texts, negative: Texts, limit: int, pool: str | None, max_density: float | None
+) -> Call[Contrast]:
+    body: dict[str, Any] = {"positive": texts(positive), "negative": texts(negative), "limit": limit}
+    body |= {name: value for name, value in (("pool", pool), ("max_density", max_density)) if value is not None}
     return Call("POST", f"{_sae_path(id)}/contrast", _read_contrast, json=body)
+
+
+def calibrate_strength(
+    intervention: Intervention | Mapping[str, Any], prompts: Texts, target_kl: float
+) -> Call[StrengthCalibration]:
+    body = {"intervention": to_json(intervention), "prompts": texts(prompts), "target_kl": target_kl}
+    return Call("POST", "/v1/calibrate_strength", _read_calibration, json=body)
 
 
 def tokenize(input: Messages, model: str | None, params: Mapping[str, Any]) -> Call[Tokenization]:

@@ -74,22 +74,59 @@ class Activations(BaseModel):
 
 
 class ContrastFeature(BaseModel):
-    """How well one feature separates the positive from the negative texts."""
+    """How well one feature separates the positive from the negative texts.
+
+    `auroc_interval` holds the AUROC with 95 % confidence; the means are of the activations pooled over each text.
+    """
 
     model_config = ANSWER
     index: int
     label: str | None = None
     score: float
     auroc: float | None = None
+    auroc_interval: tuple[float, float] | None = None
     density: float | None = None
+    mean_positive: float | None = None
+    mean_negative: float | None = None
 
 
 class Contrast(BaseModel):
-    """Features that separate two sets of texts, best first; `score_name` says what `score` is."""
+    """Features that separate two sets of texts, best first; `score_name` says what `score` is.
+
+    `tokens` were judged; `outlier_tokens` were not, their norm being no ordinary token's; at `truncated_tokens` more
+    features were active than the server reports.
+    """
 
     model_config = ANSWER
     score_name: str
     data: list[ContrastFeature]
+    tokens: int | None = None
+    outlier_tokens: int | None = None
+    truncated_tokens: int | None = None
+
+
+class CalibrationPoint(BaseModel):
+    """One strength: mean KL(clean ‖ edited) of the next token, in nats, and the doses where the edit fired."""
+
+    model_config = ANSWER
+    strength: float
+    kl: float
+    dose_mean: float | None = None
+    dose_max: float | None = None
+    clamped: int | None = None
+
+
+class StrengthCalibration(CalibrationPoint):
+    """The strength found; `intervention` is the one given with that strength in it, ready to be sent.
+
+    `curve` has every strength that was run. `within_tolerance` is False where the KL jumps across the target.
+    """
+
+    curve: list[CalibrationPoint]
+    target_kl: float | None = None
+    within_tolerance: bool | None = None
+    prompts: int | None = None
+    intervention: dict[str, Any] | None = None
 
 
 class Tokenization(BaseModel):

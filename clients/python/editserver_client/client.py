@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import httpx
 
 from . import calls
 from .base import DEFAULT_BASE_URL, DEFAULT_TIMEOUT, BaseClient
-from .body import InspectLike, Interventions, Messages, Prompt, chat_messages, generation
+from .body import InspectLike, Interventions, Messages, Prompt, Texts, chat_messages, generation
 from .calls import Call, Kind, T
 from .catalogue import (
     Activations,
@@ -21,9 +21,11 @@ from .catalogue import (
     FeatureCard,
     FeatureInfo,
     SAEInfo,
+    StrengthCalibration,
     Tokenization,
 )
 from .exceptions import APIConnectionError, ServerError
+from .interventions import Intervention
 from .responses import ChatResponse, CompletionResponse
 from .streams import ChatStream, CompletionStream, Stream
 from .wire import Wire
@@ -139,9 +141,35 @@ class Client(BaseClient):
         """What SAE `id` sees in texts (`input`) or a chat (`messages`), without generating."""
         return self._send(calls.activations(id, input, messages, features, top_k))
 
-    def contrast(self, id: str, positive: Sequence[str], negative: Sequence[str], *, limit: int = 10) -> Contrast:
-        """The features of SAE `id` that best separate `positive` from `negative` texts."""
-        return self._send(calls.contrast(id, positive, negative, limit))
+    def contrast(
+        self,
+        id: str,
+        positive: Texts,
+        negative: Texts,
+        *,
+        limit: int = 10,
+        pool: Literal["max", "mean"] | None = None,
+        max_density: float | None = None,
+    ) -> Contrast:
+        """The features of SAE `id` that best separate `positive` from `negative` texts (or chats).
+
+        `pool` is how a text's tokens become one number per feature; features that fire on a larger share of tokens
+        than `max_density` are left out.
+        """
+        return self._send(calls.contrast(id, positive, negative, limit, pool, max_density))
+
+    def calibrate_strength(
+        self, intervention: Intervention | Mapping[str, Any], prompts: Texts, *, target_kl: float = 0.5
+    ) -> StrengthCalibration:
+        """The strength at which the mean next-token KL(clean ‖ edited) over `prompts` reaches `target_kl`.
+
+        Calibrated is the strength of a steer, or the value of an edit_features' first set or add op; what is given
+        there sets sign and first guess.
+
+        Raises:
+            BadRequest: the target cannot be reached; the message names the largest KL that was.
+        """
+        return self._send(calls.calibrate_strength(intervention, prompts, target_kl))
 
     def tokenize(self, input: Messages, *, model: str | None = None, **params: Any) -> Tokenization:
         """Token ids and strings of a text (str) or, after the chat template, of messages (list)."""
