@@ -1,1 +1,1 @@
-"""Training a BatchTopK SAE on a causal language model: corpus, activations, trainer, evaluation, card."""
+"""Training dictionaries on a causal language model: text, activations, trainer, evaluation, card."""

