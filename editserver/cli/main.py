@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from editserver import __version__
+from editserver.cli import calibrate, features
 
 app = typer.Typer(
     name="editserver",
@@ -145,6 +146,10 @@ def doctor(
     from editserver.cli.doctor import examine
 
     raise typer.Exit(examine(selftest=selftest))
+
+
+app.command(help=calibrate.HELP, epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.add_typer(features.app, name="features")
 
 
 def _version(show: bool) -> None:
