@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from editserver import __version__
-from editserver.cli import calibrate, features
+from editserver.cli import calibrate, features, fit
 
 app = typer.Typer(
     name="editserver",
@@ -150,6 +150,7 @@ def doctor(
 
 app.command(help=calibrate.HELP, epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.add_typer(features.app, name="features")
+app.add_typer(fit.app, name="fit")
 
 
 def _version(show: bool) -> None:
