@@ -74,7 +74,7 @@ class Outcome:
 
 def write_report(folder: Path, outcome: Outcome) -> None:
     """``report.json``, and ``dose.png`` if there is a curve."""
-    (folder / "report.json").write_text(json.dumps(outcome.as_dict(), indent=1, ensure_ascii=False) + "\n")
+    (folder / "report.json").write_text(json.dumps(outcome.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if outcome.curve is None:
         return
     from interventions.fitting.plots import draw_dose_curve
@@ -89,6 +89,8 @@ def show(outcome: Outcome, console: Console, *, as_json: bool) -> None:
         print(json.dumps(outcome.as_dict(), ensure_ascii=False))
         return
     console.print(_layer_table(outcome))
+    if outcome.chosen.held_out.low <= 0.5:
+        console.print("The held-out texts do not separate clearly (their interval holds ½): do not trust this vector.")
     if outcome.curve is not None:
         console.print(_dose_table(outcome.curve))
         if outcome.curve.recommended is None:

@@ -64,7 +64,8 @@ class DosePoint:
     Attributes:
         dose: signed, ‖s·v‖ / median ‖h‖.
         strength: s.
-        effect: 0 = like the held-out negatives, 1 = like the positives; ``None`` if no answer had any text.
+        effect: 0 = like the held-out negatives, 1 = like the positives; ``None`` if no answer had any text, or the
+            held-out classes lie the wrong way round.
         effect_error: standard error of the effect over the prompts; ``None`` for fewer than two answers.
         perplexity: of the answers under the unsteered model; ``None`` without any answer token.
         repetition: share of repeated three-token sequences.
@@ -168,7 +169,7 @@ class Answerer:
 
         handle = self._module.register_forward_hook(hook)
         answers: list[list[int]] = [[] for _ in prompts]
-        open_rows = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        ended = [False] * len(prompts)
         cache: Any = None
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         try:
@@ -185,11 +186,10 @@ class Answerer:
                 cache = output.past_key_values
                 sampled = _sample(output.logits[:, -1].float(), temperature, seeds, step)
                 for row, token in enumerate(sampled.tolist()):
-                    if open_rows[row] and token not in self._stop:
+                    ended[row] |= token in self._stop
+                    if not ended[row]:
                         answers[row].append(token)
-                    else:
-                        open_rows[row] = False
-                if not bool(open_rows.any()):
+                if all(ended):
                     break
                 ids, mask = sampled[:, None], torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
                 positions = (lengths + step)[:, None]
@@ -325,15 +325,19 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _effects(reader: Reader, fit: LayerFit, passages: Sequence[Passage], pool: Pool) -> list[float | None]:
-    """The effect of each answer; ``None`` for one of which nothing counts (no text, or a single token)."""
+    """The effect of each answer; ``None`` for one of which nothing counts (no text, or a single token).
+
+    All are ``None`` if the held-out classes lie the wrong way round: then there is no scale.
+    """
+    span = fit.positive_mean - fit.negative_mean
     tokens = [passage.encode(reader.tokenizer) if passage.text else None for passage in passages]
     kept = [i for i, one in enumerate(tokens) if one is not None and len(one.token_ids) > max(1, one.start)]
     found: list[float | None] = [None] * len(passages)
-    if kept:
+    if kept and span > 0:
         rows = reader.pool([passages[i] for i in kept], pool, {fit.layer: fit.median_norm}).values[fit.layer]
         unit = fit.vector / np.linalg.norm(fit.vector)
         projected = rows.double().numpy() @ unit
-        scaled = (projected - fit.negative_mean) / (fit.positive_mean - fit.negative_mean)
+        scaled = (projected - fit.negative_mean) / span
         for i, value in zip(kept, scaled.tolist(), strict=True):
             found[i] = value
     return found
