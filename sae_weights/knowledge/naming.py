@@ -1,0 +1,252 @@
+"""A label from evidence, without a language model: the same evidence always gives the same words.
+
+``"Paris"``                               it fires on one form
+``"of course"``                           … after one other
+``"the" near court, judge``               … that is too common to say enough
+``"-ing": walking, talking``              … that is a part of words
+``musical instrument: violin, piano``     it fires on words of one WordNet class
+``years: 1961, 1958``, ``names: Mary, John``
+``harbour, sail, ship``                   it fires on these words above others
+``… → says Paris, France``                and its direction promotes these tokens clearly
+``code: …``, ``dense: …``                 where it fires, how often
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .topics import Topic
+
+LONGEST = 60
+MIN_FIRES = 3
+DENSE = 0.1
+ONE_FORM = 0.55
+"""Share of the activation mass that makes one form (one preceding token, one class of numbers …) the label."""
+CLEAR = 6.0
+"""Standard deviations above the vocabulary's mean at which a promoted token is worth naming; chance reaches about 4."""
+COMMON = 1e-3
+"""Share of the corpus from which on a word alone says too little."""
+
+_YEAR = re.compile(r"(1[0-9]|20)\d\d")
+_STARTS_ALNUM = re.compile(r"\W*\w")
+
+
+@dataclass(frozen=True)
+class Use:
+    """How much of a feature's activation mass a form (a token or a word) has, and its share of the corpus."""
+
+    text: str
+    share: float
+    corpus: float
+    proper: bool = False
+    """A word that is written with a capital as a rule."""
+
+    @property
+    def lift(self) -> float:
+        return self.share / max(self.corpus, 1e-6)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a label is made from; shares are of activation mass, lists are heaviest first.
+
+    Attributes:
+        fires: tokens it fired on. density: their share of the tokens judged.
+        tokens, words: forms it fires on; ``words`` most characteristic first.
+        before: (token before the strongest places, share of them).
+        nearby: words typical for the surroundings of those places.
+        early: share on the first tokens of a text.
+        code: whether it fires in source code above all.
+        special: texts of the tokenizer's special tokens.
+        promoted: (token, weight in standard deviations over the vocabulary).
+    """
+
+    fires: int
+    density: float
+    tokens: Sequence[Use] = ()
+    words: Sequence[Use] = ()
+    before: Sequence[tuple[str, float]] = ()
+    nearby: Sequence[str] = ()
+    early: float = 0.0
+    code: bool = False
+    special: frozenset[str] = frozenset()
+    promoted: Sequence[tuple[str, float]] = ()
+    topics: Sequence[Topic] = ()
+
+
+def label(evidence: Evidence) -> str | None:
+    """The label, at most ``LONGEST`` characters; None if nothing clear can be said."""
+    core = _core(evidence) if evidence.fires >= MIN_FIRES else None
+    prefix = ""
+    if core is not None:
+        prefix = "dense: " if evidence.density > DENSE else "code: " if evidence.code else ""
+    text = f"{prefix}{core or ''}"
+    says = says_clearly(evidence.promoted, text)
+    for count in range(len(says), 0, -1):
+        longer = f"{text} → says {', '.join(says[:count])}".strip()
+        if len(longer) <= LONGEST:
+            return longer
+    return text or None
+
+
+def _core(evidence: Evidence) -> str | None:
+    describe: tuple[Callable[[Evidence], str | None], ...] = (
+        _template, _start, _one_form, _numbers, _topic, _names, _ending, _word_list,
+    )  # fmt: skip
+    return next((found for rule in describe if (found := rule(evidence)) is not None), None)
+
+
+def _template(evidence: Evidence) -> str | None:
+    """The chat template's own tokens, and what stands right behind them."""
+    own = [use for use in evidence.tokens if use.text in evidence.special]
+    if sum(use.share for use in own) >= ONE_FORM:
+        return _fitted(shown(use.text) for use in own if use.share > 0.1)
+    for text, share in evidence.before[:1]:
+        if text in evidence.special and share >= ONE_FORM:
+            return _fitted((shown(use.text) for use in evidence.tokens[:3] if use.share > 0.1), f"after {text}: ")
+    return None
+
+
+def _start(evidence: Evidence) -> str | None:
+    return _fitted(_texts(evidence.words[:3]), "start of a text: ") if evidence.early >= 0.7 else None
+
+
+def _one_form(evidence: Evidence) -> str | None:
+    forms = _forms(evidence.tokens)
+    if not forms or forms[0].share < ONE_FORM:
+        return None
+    form = forms[0]
+    text = form.text.strip() or form.text
+    part_of = [use for use in evidence.words if fold(use.text) != fold(text) and fold(text) in fold(use.text)]
+    if sum(use.share for use in part_of) > 0.5 * form.share:
+        # The token is a part of words: one of them, or an ending or a beginning of many.
+        whole = _forms(evidence.words)
+        if whole and whole[0].share >= 0.7 * form.share:
+            return f'"{shown(whole[0].text)}"'
+        ends = sum(use.share for use in part_of if fold(use.text).endswith(fold(text)))
+        affix = f"-{text}" if ends >= 0.5 * sum(use.share for use in part_of) else f"{text}-"
+        return _fitted(_texts(part_of[:3]), f'"{affix}": ')
+    quoted = f'"{shown(text)}"'
+    if evidence.before and evidence.before[0][1] >= ONE_FORM and evidence.before[0][0].strip():
+        return f'"{shown((evidence.before[0][0] + form.text).strip())}"'
+    if form.corpus >= COMMON and evidence.nearby:
+        return _fitted(evidence.nearby[:3], f"{quoted} near ")
+    return quoted
+
+
+def _numbers(evidence: Evidence) -> str | None:
+    digits = [use for use in evidence.words if use.text[:1].isdigit()]
+    if sum(use.share for use in digits) < ONE_FORM:
+        return None
+    years = sum(use.share for use in digits if _YEAR.fullmatch(use.text))
+    kind = "years" if years >= 0.6 * sum(use.share for use in digits) else "numbers"
+    if kind == "numbers" and evidence.nearby:
+        return _fitted(evidence.nearby[:2], f"numbers ({_fitted(_texts(digits[:2]))}) near ")
+    return _fitted(_texts(digits[:3]), f"{kind}: ")
+
+
+def _topic(evidence: Evidence) -> str | None:
+    if not evidence.topics:
+        return None
+    name = evidence.topics[0].name
+    words = [text for text in _texts(evidence.words[:8]) if fold(text) != fold(name)]
+    return _fitted(words[:3], f"{name}: ")
+
+
+def _names(evidence: Evidence) -> str | None:
+    proper = [use for use in evidence.words if use.proper]
+    if sum(use.share for use in proper) < 0.6 or len(proper) < 4:
+        return None
+    return _fitted(_texts(proper[:4]), "names: ")
+
+
+def _ending(evidence: Evidence) -> str | None:
+    """A common ending of words that are otherwise unlike."""
+    words = [use for use in evidence.words if use.text.isalpha() and len(use.text) >= 5]
+    shares: dict[str, tuple[float, int]] = {}
+    for use in words:
+        for length in (4, 3):
+            ending = use.text.lower()[-length:]
+            share, count = shares.get(ending, (0.0, 0))
+            shares[ending] = (share + use.share, count + 1)
+    fitting = [(len(e), share, e) for e, (share, count) in shares.items() if share >= ONE_FORM and count >= 5]
+    if not fitting:
+        return None
+    ending = max(fitting)[2]
+    return _fitted(_texts([use for use in words if use.text.lower().endswith(ending)][:3]), f"-{ending}: ")
+
+
+def _word_list(evidence: Evidence) -> str | None:
+    words = [use for use in evidence.words if use.share >= 0.02] or list(evidence.words[:3])
+    if words and not any(use.text[:1].isalnum() for use in words[:4]) and evidence.nearby:
+        return _fitted(evidence.nearby[:3], f"{_fitted(_quoted(words[:3]))} near ")
+    return _fitted(_texts(words[:4])) or None
+
+
+def says_clearly(promoted: Sequence[tuple[str, float]], label_so_far: str = "") -> list[str]:
+    """Up to three promoted tokens worth naming: far above chance, or several of one stem; not those already named."""
+    if not promoted:
+        return []
+    best = promoted[0][1]
+    stems = [fold(token)[:4] for token, _ in promoted[:6]]
+    akin = max((stems.count(stem) for stem in stems if len(stem) == 4), default=0) >= 3
+    if best < CLEAR and not akin:
+        return []
+    named = {word[:4] for word in re.findall(r"\w+", label_so_far.lower())}
+    chosen: list[str] = []
+    for token, weight in promoted[:8]:
+        key = fold(token)
+        if weight < 0.7 * best or len(chosen) == 3:
+            break
+        if "�" in token or not _STARTS_ALNUM.match(token) or key[:4] in named:
+            continue
+        if all(key[:4] != fold(other)[:4] for other in chosen):
+            chosen.append(token.strip())
+    return chosen
+
+
+def fold(text: str) -> str:
+    """What spellings of one word have in common: case, spaces around it, a plural's s."""
+    folded = text.strip().lower()
+    return folded[:-1] if len(folded) > 3 and folded.endswith("s") and not folded.endswith("ss") else folded
+
+
+def _forms(uses: Sequence[Use]) -> list[Use]:
+    """Uses with the spellings of one form put together, under the heaviest spelling."""
+    forms: dict[str, Use] = {}
+    for use in uses:
+        key = fold(use.text) or use.text
+        known = forms.get(key)
+        forms[key] = (
+            use if known is None else Use(known.text, known.share + use.share, known.corpus + use.corpus, known.proper)
+        )
+    return sorted(forms.values(), key=lambda use: -use.share)
+
+
+def _texts(uses: Iterable[Use]) -> list[str]:
+    """Texts, one spelling of each word, in order."""
+    return [shown(text) for text in {fold(use.text): use.text for use in reversed(list(uses))}.values()][::-1]
+
+
+def _quoted(uses: Iterable[Use]) -> list[str]:
+    return [f'"{text}"' for text in _texts(uses)]
+
+
+def shown(text: str) -> str:
+    """Text for a label: white space and what cannot be printed written out."""
+    named = {"\n": "\\n", "\t": "\\t"}
+    return "".join(named.get(c, c if c.isprintable() else "�") for c in text)
+
+
+def _fitted(texts: Iterable[str], head: str = "") -> str:
+    """``head`` and as many texts as fit, at least one."""
+    line = ""
+    for text in texts:
+        longer = f"{line}, {text}" if line else f"{head}{text}"
+        if line and len(longer) > LONGEST:
+            break
+        line = longer
+    line = line or head.rstrip().removesuffix(":").removesuffix(" near")
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
