@@ -1,86 +1,117 @@
-"""What is known about the features of one SAE: read from ``features.json`` beside its weights, empty where it is missing.
+"""What is known about the features of one SAE: ``features.sqlite`` beside its weights, in the forms of the HTTP contract.
 
-``features.json`` is ``{"features": [{"index", "label"?, "density"?, "max_activation"?, "contexts"?, "promoted"?,
-"suppressed"?, "neighbours"?, "quantiles"?, …}]}``. Nothing is made up: what the file does not say is null.
+Nothing is made up: what no file says is null. Without the file, or with one that cannot be used, statistics per latent from
+the checkpoint's sidecar are all that is known, and the server serves.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sae_weights.knowledge import FILE, Feature, KnowledgeError, KnowledgeStore
 from sae_weights.sae import SAE
 
-FILE = "features.json"
+log = logging.getLogger(__name__)
+
 LISTED = ("label", "density", "max_activation")
 """Fields of a feature in a list."""
-DETAILS = ("contexts", "promoted", "suppressed", "neighbours", "quantiles")
+DETAILS = (
+    "label_source", "mean_activation", "contexts", "promoted", "suppressed", "neighbours", "quantiles",
+)  # fmt: skip
 """Fields that one feature alone adds."""
 
+Answer = TypeVar("Answer")
 
-@dataclass(frozen=True)
+
+@dataclass
 class FeatureKnowledge:
-    """Facts about features, by index; statistics per latent from the checkpoint fill what the file leaves out."""
+    """Facts about features: a store (or none), and statistics per latent that fill what it leaves out."""
 
     n_features: int
-    facts: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    store: KnowledgeStore | None = None
     statistics: Mapping[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: str | Path, sae: SAE) -> FeatureKnowledge:
-        """Read what lies beside the weights in ``folder``.
-
-        Raises:
-            ValueError: the file is there but is not what it should be.
-        """
-        path = Path(folder) / FILE
-        facts: dict[int, Mapping[str, Any]] = {}
+        """Open what lies beside the weights in ``folder``; a file that cannot be used is logged and left aside."""
+        path, store = Path(folder) / FILE, None
         if path.is_file():
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            listed = raw.get("features") if isinstance(raw, dict) else raw
-            if not isinstance(listed, list) or not all(
-                isinstance(f, dict) and type(f.get("index")) is int for f in listed
-            ):
-                raise ValueError(f"{path}: expected an object with a list 'features' of objects with an index")
-            facts = {f["index"]: f for f in listed}
+            try:
+                store = KnowledgeStore.open(path, sae_digest=sae.digest)
+            except KnowledgeError as error:
+                log.warning("features are served without labels: %s", error)
         statistics = {
             name: values
             for name in LISTED
             if isinstance(values := sae.metadata.get(name), list) and len(values) == sae.n_features
         }
-        return cls(sae.n_features, facts, statistics)
+        return cls(sae.n_features, store, statistics)
 
-    @cached_property
+    @property
     def labels(self) -> Mapping[int, str]:
         """The labels that are known."""
-        return {i: label for i, f in self.facts.items() if isinstance(label := f.get("label"), str)}
+        none: Mapping[int, str] = {}
+        return self._ask(lambda store: store.labels(), none)
 
     def listing(self, index: int) -> dict[str, Any]:
         """One feature of a list."""
-        facts = self.facts.get(index, {})
-        shown: dict[str, Any] = {"index": index}
-        for name in LISTED:
-            known = facts.get(name)
-            shown[name] = self.statistics[name][index] if known is None and name in self.statistics else known
-        return shown
+        return self._listed(self._ask(lambda store: store.listing(index, 1)[0], Feature(index)))
 
     def card(self, index: int) -> dict[str, Any]:
         """One feature with everything that is known about it."""
-        facts = self.facts.get(index, {})
-        return self.listing(index) | {name: facts.get(name) for name in DETAILS}
+        feature = self._ask(lambda store: store.feature(index), None)
+        shown = self._listed(feature or Feature(index))
+        if feature is None:
+            return shown | dict.fromkeys(DETAILS)
+        labels = self.labels
+        return shown | {
+            "label_source": feature.label_source,
+            "mean_activation": feature.mean_activation,
+            "contexts": [
+                {
+                    "tokens": list(context.tokens),
+                    "activations": list(context.activations),
+                    "peak": context.peak,
+                    "source": context.source,
+                }
+                for context in feature.contexts
+            ],
+            "promoted": [{"token": token, "weight": weight} for token, weight in feature.promoted],
+            "suppressed": [{"token": token, "weight": weight} for token, weight in feature.suppressed],
+            "neighbours": [
+                {"index": near, "label": labels.get(near), "cosine": cosine} for near, cosine in feature.neighbours
+            ],
+            "quantiles": dict(feature.quantiles),
+        }
 
     def search(self, query: str | None, limit: int) -> list[dict[str, Any]]:
-        """The first ``limit`` features; with ``query``, those whose label has its words, best first, with a score.
-
-        The score is the share of the query's words that the label contains.
-        """
+        """The first ``limit`` features; with ``query``, those that its words find, best first, with a score in (0, 1]."""
         if query is None or not query.strip():
-            return [self.listing(index) for index in range(min(limit, self.n_features))]
-        words = query.lower().split()
-        scored = [(sum(w in label.lower() for w in words) / len(words), i) for i, label in self.labels.items()]
-        best = sorted((-score, index) for score, index in scored if score > 0)[:limit]
-        return [self.listing(index) | {"score": -score} for score, index in best]
+            count = min(limit, self.n_features)
+            listed = self._ask(lambda store: store.listing(0, count), [Feature(index) for index in range(count)])
+            return [self._listed(feature) for feature in listed]
+        found = self._ask(lambda store: store.search(query, limit), [])
+        return [self._listed(hit.feature) | {"score": round(hit.score, 6)} for hit in found]
+
+    def _listed(self, feature: Feature) -> dict[str, Any]:
+        shown: dict[str, Any] = {"index": feature.index}
+        for name in LISTED:
+            known = getattr(feature, name)
+            shown[name] = self.statistics[name][feature.index] if known is None and name in self.statistics else known
+        return shown
+
+    def _ask(self, question: Callable[[KnowledgeStore], Answer], unknown: Answer) -> Answer:
+        """The store's answer; ``unknown`` without one, or from the moment on that it proves to be damaged."""
+        store = self.store
+        if store is None:
+            return unknown
+        try:
+            return question(store)
+        except KnowledgeError as error:
+            log.warning("features are served without labels from now on: %s", error)
+            self.store = None
+            return unknown

@@ -26,6 +26,7 @@ from editserver.demo.model import MODEL_NAME, DemoModelError, cache_root, ensure
 from editserver_client import ChatResponse, Client, EditFeatures, EditserverError, Inspect
 from editserver_client.features import AddFeature, SetFeature
 from sae_weights.catalogue import BUNDLED_FOLDER
+from sae_weights.knowledge import FILE, KnowledgeStore
 
 SAE_ID = "smollm2-135m/l15"
 MAX_TOKENS = 90
@@ -40,7 +41,7 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Scene:
-    """What is asked and which latent is edited how, from ``features.json`` beside the bundled SAE."""
+    """What is asked and which latent is edited how: the entry ``demo`` of the knowledge beside the bundled SAE."""
 
     prompt: str
     feature: int
@@ -51,14 +52,15 @@ class Scene:
     @classmethod
     def read(cls, folder: Path) -> Scene:
         """Raises :class:`DemoError` if the bundled SAE or its entry ``demo`` is missing."""
-        path = folder / "features.json"
+        path = folder / FILE
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))["demo"]
+            with KnowledgeStore.open(path) as store:
+                raw = store.meta["demo"]
             op = raw.get("op", "add")
             if op not in ("add", "set"):
                 raise ValueError(f"op {op!r}")
             return cls(raw["prompt"], int(raw["feature"]), op, float(raw["value"]), str(raw.get("label") or ""))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DemoError(f"{path} does not say what the demo edits ({error!r}); reinstall editserver") from error
 
     @property

@@ -18,8 +18,9 @@ import httpx
 import pytest
 import torch
 
-from sae_weights.formats.saelens import save_saelens
+from sae_weights.formats.saelens import load_sae, save_saelens
 from sae_weights.hook import Hook
+from sae_weights.knowledge import FILE, Context, Feature, KnowledgeStore
 from sae_weights.sae import SAE
 
 MODEL = "smollm2-135m-instruct"
@@ -57,9 +58,32 @@ def make_probes(folder: Path) -> dict[str, Path]:
             k=k,
         )
         made[name] = save_saelens(sae, folder / name.replace("/", "-"))
-    features = [{"index": 3, "label": "a probe direction", "density": 0.5, "max_activation": 7.0}]
-    (made[RELU] / "features.json").write_text(json.dumps({"features": features}))
+    know_probe(made[RELU])
     return made
+
+
+def know_probe(folder: Path) -> None:
+    """Knowledge of the ReLU probe's features 3 (everything), 4 (statistics alone) and 5 (a label alone)."""
+    sae = load_sae(folder)
+    context = Context((" of", " the", " probe"), (0.0, 1.5, 7.0), 2, "brown")
+    known = Feature(
+        3,
+        "a probe direction",
+        "hand",
+        density=0.5,
+        max_activation=7.0,
+        mean_activation=2.5,
+        quantiles={"0.5": 2.0, "0.9": 5.0},
+        contexts=(context,),
+        promoted=((" satellite", 0.5),),
+        suppressed=((" the", -0.25),),
+        neighbours=((5, 0.75), (4, 0.5)),
+        words=("probe", "sonde"),
+        topics=("spacecraft",),
+    )
+    path = folder / FILE
+    with KnowledgeStore.create(path, sae_digest=sae.digest, n_features=sae.n_features, meta={"tokens": 1000}) as writer:
+        writer.add([known, Feature(4, density=0.25), Feature(5, 'C++\'s "operator*" AND others', "automatic")])
 
 
 def free_port() -> int:

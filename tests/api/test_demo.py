@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from editserver.demo import side_by_side
 from editserver.demo.side_by_side import SAE_ID, DemoError, Scene
+from sae_weights.knowledge import FILE, KnowledgeStore
 
-from .conftest import RELU, free_port, make_probes
+from .conftest import N_FEATURES, RELU, free_port, make_probes
 
 
 def write_scene(folder: Path) -> Path:
     scene = folder / SAE_ID
     scene.mkdir(parents=True)
     demo = {"feature": 3, "value": 120.0, "prompt": "Tell me about Paris.", "label": "a probe direction"}
-    (scene / "features.json").write_text(json.dumps({"demo": demo, "features": []}))
+    know(scene, {"demo": demo})
     return folder
+
+
+def know(folder: Path, meta: dict[str, object]) -> None:
+    with KnowledgeStore.create(folder / FILE, sae_digest="0" * 64, n_features=N_FEATURES, meta=meta):
+        pass
 
 
 def test_a_missing_scene_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DemoError, match="reinstall editserver"):
         Scene.read(tmp_path)
-    (tmp_path / "features.json").write_text('{"demo": {"feature": 1}}')
+    for meta in ({}, {"demo": [1]}):
+        know(tmp_path, meta)
+        with pytest.raises(DemoError, match="reinstall editserver"):
+            Scene.read(tmp_path)
+    know(tmp_path, {"demo": {"feature": 1}})
     with pytest.raises(DemoError, match=r"value|prompt"):
         Scene.read(tmp_path)
 

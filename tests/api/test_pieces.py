@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +40,7 @@ from interventions.errors import InterventionError
 from interventions.program import Payload
 from sae_weights.formats.saelens import save_saelens
 from sae_weights.hook import Hook
+from sae_weights.knowledge import FILE, KnowledgeStore
 from sae_weights.sae import SAE
 
 # guard ---------------------------------------------------------------------------------------------------------------
@@ -299,18 +299,30 @@ def test_full_encode_is_on_for_small_dictionaries_unless_told(tmp_path: Path) ->
             full_encode_ids(opened, chosen)
 
 
-def test_feature_knowledge_is_what_the_files_say(tmp_path: Path) -> None:
+def test_feature_knowledge_is_what_the_files_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_sae(tmp_path / "a", Hook("resid_post", 1))
     sae = open_sae(str(folder)).sae
     assert FeatureKnowledge.read(folder, sae).listing(2) == {
         "index": 2, "label": None, "density": None, "max_activation": None
     }  # fmt: skip
-    (folder / "features.json").write_text(json.dumps({"features": [{"index": 1, "label": "Paris, France"}]}))
+    with KnowledgeStore.create(folder / FILE, sae_digest=sae.digest, n_features=sae.n_features, meta={}) as writer:
+        writer.set_labels([(1, "Paris, France", "hand")])
     known = FeatureKnowledge.read(folder, sae)
     assert [(f["index"], f["score"]) for f in known.search("paris rome", 5)] == [(1, 0.5)]
-    (folder / "features.json").write_text("[{}]")
-    with pytest.raises(ValueError, match=r"features\.json"):
-        FeatureKnowledge.read(folder, sae)
+    assert not caplog.records
+    (folder / FILE).write_text("[{}]")
+    damaged = FeatureKnowledge.read(folder, sae)
+    assert (damaged.labels, damaged.search("paris", 5), damaged.card(1)["contexts"]) == ({}, [], None)
+    assert "not a file of feature knowledge" in caplog.text
+
+
+def test_knowledge_of_other_weights_is_not_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_sae(tmp_path / "a", Hook("resid_post", 1))
+    sae = open_sae(str(folder)).sae
+    with KnowledgeStore.create(folder / FILE, sae_digest="0" * 64, n_features=sae.n_features, meta={}) as writer:
+        writer.set_labels([(1, "of another dictionary", "hand")])
+    assert FeatureKnowledge.read(folder, sae).listing(1)["label"] is None
+    assert "digest 000000000000…" in caplog.text
 
 
 def test_help_teaches_and_our_options_do_not_shadow_vllms() -> None:

@@ -239,8 +239,23 @@ ENDPOINTS: list[tuple[Any, str, str, Any, Any, Any]] = [
         "GET",
         f"/v1/saes/{SAE}/features/12",
         None,
-        {**FEATURE, "promoted": [" Paris"], "neighbours": [{"index": 3}]},
-        lambda a: a.promoted == [" Paris"] and a.contexts is None,
+        FEATURE
+        | {
+            "label_source": "automatic",
+            "mean_activation": 2.5,
+            "quantiles": {"0.5": 2.0},
+            "contexts": [{"tokens": [" in", " Paris"], "activations": [0, 7.5], "peak": 1, "source": "brown"}],
+            "promoted": [{"token": " Paris", "weight": 0.5}],
+            "suppressed": None,
+            "neighbours": [{"index": 3, "label": None, "cosine": 0.7}],
+        },
+        lambda a: (
+            (a.promoted[0].token, a.promoted[0].weight) == (" Paris", 0.5)
+            and (a.contexts[0].text, a.contexts[0].tokens[a.contexts[0].peak]) == (" in Paris", " Paris")
+            and a.neighbours[0].cosine == 0.7
+            and a.suppressed is None
+            and (a.label_source, a.mean_activation, a.quantiles) == ("automatic", 2.5, {"0.5": 2.0})
+        ),
     ),
     (
         lambda c: c.activations(SAE, ["a", "b"], features=[1], top_k=2),

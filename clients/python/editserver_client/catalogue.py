@@ -55,14 +55,52 @@ class FeatureInfo(BaseModel):
     score: float | None = None
 
 
-class FeatureCard(FeatureInfo):
-    """Everything the server knows about one feature."""
+class FeatureContext(BaseModel):
+    """A stretch of text on which a feature fires: one activation per token, the largest at `peak`."""
 
-    contexts: list[Any] | None = None
-    promoted: list[Any] | None = None
-    suppressed: list[Any] | None = None
-    neighbours: list[Any] | None = None
-    quantiles: dict[str, Any] | list[Any] | None = None
+    model_config = ANSWER
+    tokens: list[str]
+    activations: list[float]
+    peak: int
+    source: str = ""
+
+    @property
+    def text(self) -> str:
+        """The tokens as running text."""
+        return "".join(self.tokens)
+
+
+class TokenWeight(BaseModel):
+    """A token that a feature's direction promotes or suppresses (logit lens), and how much."""
+
+    model_config = ANSWER
+    token: str
+    weight: float
+
+
+class Neighbour(BaseModel):
+    """A feature whose decoder row points nearly the same way."""
+
+    model_config = ANSWER
+    index: int
+    label: str | None = None
+    cosine: float
+
+
+class FeatureCard(FeatureInfo):
+    """Everything the server knows about one feature; what is not known is `None`.
+
+    `label_source` says who gave the label: "automatic", "hand", "neuronpedia:…" or "delphi". `mean_activation` and
+    `quantiles` (by "0.5", "0.99" …) are over the tokens on which it fires. `contexts` come strongest first.
+    """
+
+    label_source: str | None = None
+    mean_activation: float | None = None
+    contexts: list[FeatureContext] | None = None
+    promoted: list[TokenWeight] | None = None
+    suppressed: list[TokenWeight] | None = None
+    neighbours: list[Neighbour] | None = None
+    quantiles: dict[str, float] | None = None
 
 
 class Activations(BaseModel):
