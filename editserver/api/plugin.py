@@ -78,7 +78,7 @@ class EditserverEndpoint:
         capacity = Capacity(config.bank_rows)
         state.editserver = EditState(config, settings, catalogue, capacity, VLLM_VERSION, model, state)
         for source in config.saes:
-            state.editserver.knowledge(source.id)  # a damaged features.json stops the start, not a request
+            state.editserver.knowledge(source.id)  # opened now: a file that cannot be used is logged at the start
         _exchange(state, "openai_serving_chat", OpenAIServingChat, EditServingChat)
         _exchange(state, "openai_serving_completion", OpenAIServingCompletion, EditServingCompletion)
 

@@ -79,10 +79,12 @@ async def show_feature(request: Request, sae_id: str, index: str) -> dict[str, A
 async def list_features(
     request: Request,
     sae_id: str,
-    q: Annotated[str | None, Query(max_length=1000, description="Words to find in the labels.")] = None,
+    q: Annotated[
+        str | None, Query(max_length=1000, description="Words of labels, of what features fire on, of what they promote.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT,
 ) -> dict[str, Any]:
-    """Features in order of their index, or those whose label matches `q`, best first."""
+    """Features in order of their index, or those that the words of `q` find, best first."""
     state = editing(request)
     sae = _sae(state, sae_id)
     return _list(state.knowledge(sae.id).search(q, limit))
