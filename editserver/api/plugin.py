@@ -12,7 +12,15 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 
 from editserver import __version__
-from editserver.api import errors, routes_catalogue, routes_generate, routes_library, routes_missing
+from editserver.api import (
+    errors,
+    routes_calibrate,
+    routes_catalogue,
+    routes_contrast,
+    routes_generate,
+    routes_library,
+    routes_missing,
+)
 from editserver.api.capacity import Capacity
 from editserver.api.guard import BodyGuard, UnauthorizedEnvelope
 from editserver.api.serving import EditServingChat, EditServingCompletion
@@ -24,6 +32,9 @@ from editserver.settings import MAX_BODY_BYTES, Settings
 from interventions.errors import InterventionError
 
 HANDSHAKE = "editserver_handshake"
+
+# In this order they are tried: SAE ids are paths, so the longer routes come first, and what is left is missing.
+_ROUTES = (routes_generate, routes_contrast, routes_calibrate, routes_catalogue, routes_library, routes_missing)
 
 
 class HandshakeError(RuntimeError):
@@ -46,8 +57,8 @@ class EditserverEndpoint:
         app.add_middleware(BodyGuard, max_bytes=lambda: _max_bytes(app), edits=lambda: _edits(app))
         stock = any(getattr(route, "path", None) == "/v1/chat/completions" for route in app.routes)
         before = list(app.routes)
-        for router in (routes_generate.router, routes_catalogue.router, routes_library.router, routes_missing.router):
-            _add_routes(app, router)
+        for module in _ROUTES:
+            _add_routes(app, module.router)
         if not stock:
             # FastAPI >= 0.137 keeps included routers closed, so vLLM cannot replace its routes by ours: ours go first.
             ours = [route for route in app.routes if route not in before]

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from editserver import __version__
 from editserver.api.body import read_json, validate
 from editserver.api.errors import as_code, not_found
+from editserver.api.passes import MAX_CALIBRATION_PROMPTS, MAX_CONTRAST_TEXTS
 from editserver.api.requests import EditChatRequest, EditCompletionRequest
 from editserver.api.state import EditState, editing
 from editserver.api.vllm_entry import ErrorResponse
@@ -40,6 +41,8 @@ async def capabilities(request: Request) -> dict[str, Any]:
         "max_dose_mode": "refuse" if dose.refuse else "clamp",
         "max_body_bytes": state.settings.max_body_bytes,
         "activation_inputs": MAX_INPUTS,
+        "contrast_texts": MAX_CONTRAST_TEXTS,
+        "calibration_prompts": MAX_CALIBRATION_PROMPTS,
     }
     return {
         "version": __version__,

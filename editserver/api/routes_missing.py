@@ -14,7 +14,6 @@ _PATHS = (
     "/v1/saes/{rest:path}",
     "/v1/jobs/{rest:path}",
     "/v1/concepts/fit",
-    "/v1/calibrate_strength",
     "/v1/rulesets/check",
 )
 

@@ -1,0 +1,184 @@
+"""Forward passes of the served engine for our own endpoints: prompts in; edits, readings and distributions out.
+
+A pass runs exactly what a request with the same fields would run (compiled, admitted, watched), generates one token that
+is never fed, and reads no prefix cache, so that its numbers cover every prompt position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import PlainValidator, ValidationError
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from editserver.api.edit import Choice, Edit, failed
+from editserver.api.errors import as_code
+from editserver.api.requests import EditChatRequest, EditCompletionRequest
+from editserver.api.state import EditState
+from editserver.api.vllm_entry import ErrorResponse
+from interventions.compile import compile_request
+from interventions.errors import Code, InterventionError
+from interventions.spec import parse_inspect, parse_interventions
+from interventions.wording import printable, show
+
+MAX_CONTRAST_TEXTS = 128
+"""Texts of one side of a contrast."""
+MAX_CALIBRATION_PROMPTS = 32
+"""Prompts of one calibration, each run up to 20 times."""
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return value
+    raise ValueError(f"expected a text, or a chat as a list of messages; got {show(value)}")
+
+
+Text = Annotated[str | list[dict[str, Any]], PlainValidator(_text, json_schema_input_type=str | list[dict[str, Any]])]
+"""A text, taken as it is, or OpenAI's messages, which the model's chat template turns into one."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered text: what the engine takes, its token ids, and where it stands in the request."""
+
+    engine_input: Any
+    token_ids: Sequence[int]
+    param: str
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What one round of passes brought, by prompt.
+
+    Attributes:
+        edit: the compiled fields.
+        choices: what the engine reported.
+        logprobs: log-probabilities of the next token, float64 ``[vocab]``; empty unless asked for.
+    """
+
+    edit: Edit
+    choices: list[Choice]
+    logprobs: list[npt.NDArray[np.float64]]
+
+
+class _WholeVocabulary(SamplingParams):
+    """Log-probabilities of all tokens, whatever ``--max-logprobs`` allows the public: they stay inside the server.
+
+    The engine computes them for any request (``logprobs`` = -1); only this check stands before it
+    (vllm/sampling_params.py:919). Were it renamed, the request would be refused, not answered with fewer.
+    """
+
+    def _validate_logprobs(self, model_config: Any) -> None:
+        pass
+
+
+async def render(state: EditState, texts: Sequence[Any], field: str, code: Code) -> list[Prompt]:
+    """Tokenise ``texts`` as the OpenAI endpoints do.
+
+    Raises:
+        InterventionError: ``code``, for a text that cannot be a prompt (empty, too long, no messages).
+    """
+    return [await _render(state, text, f"{field}[{i}]", code) for i, text in enumerate(texts)]
+
+
+async def _render(state: EditState, text: Any, param: str, code: Code) -> Prompt:
+    chat, completion = state.app_state.openai_serving_chat, state.app_state.openai_serving_completion
+    handler = completion if isinstance(text, str) else chat
+    try:
+        if handler is completion:
+            result = await completion.render_completion_request(EditCompletionRequest(prompt=text, max_tokens=1))
+        else:
+            result = await chat.render_chat_request(EditChatRequest(messages=text, max_completion_tokens=1))
+    except ValidationError as error:
+        message = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise InterventionError(code, printable(f"{param}: {message}"), param) from None
+    except Exception as error:
+        result = handler.create_error_response(error)
+        if result.error.code >= 500:
+            raise
+    if isinstance(result, ErrorResponse):
+        raise InterventionError(code, printable(f"{param}: {result.error.message}"), param)
+    (engine_input,) = result if handler is completion else result[1]
+    token_ids = handler._extract_prompt_components(engine_input).token_ids
+    return Prompt(engine_input, token_ids, param)
+
+
+async def run(
+    state: EditState, prompts: Sequence[Prompt], interventions: Any = None, inspect: Any = None, logprobs: bool = False
+) -> Passes:
+    """One pass over each prompt, all at once.
+
+    Args:
+        interventions, inspect: the fields of a request, as parsed JSON.
+        logprobs: whether the next-token distributions are wanted.
+
+    Raises:
+        InterventionError: with the contract's codes; ``param`` is a path below ``interventions`` or ``inspect``.
+    """
+    specs, reads = parse_interventions(interventions), parse_inspect(inspect)
+    edit = Edit(state, compile_request(specs, reads, state.catalogue), isinstance(inspect, list))
+    edit.set_prompts([prompt.token_ids for prompt in prompts])
+    release = state.capacity.reserve(edit.compiled.payload().row_keys)
+    try:
+        params = [_admitted(edit, prompt, logprobs) for prompt in prompts]
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(_pass(state, edit, i, prompt, one))
+                for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))
+            ]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    finally:
+        release()
+    vocab = state.catalogue.vocab_size
+    distributions = [_distribution(task.result(), vocab) for task in tasks] if logprobs else []
+    return Passes(edit, [edit.choices[i] for i in range(len(prompts))], distributions)
+
+
+def _admitted(edit: Edit, prompt: Prompt, logprobs: bool) -> SamplingParams:
+    common = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
+    kind = RequestOutputKind.FINAL_ONLY
+    if logprobs:
+        params = _WholeVocabulary(**common, output_kind=kind, logprobs=-1, flat_logprobs=True)
+    else:
+        params = SamplingParams(**common, output_kind=kind)
+    try:
+        edit.admit(params)
+    except InterventionError as error:
+        message = error.message.replace(", and with this max_tokens no generated token is fed back", "")
+        raise InterventionError(as_code(error.code), f"{message} ({prompt.param})", error.param) from None
+    return params
+
+
+async def _pass(state: EditState, edit: Edit, index: int, prompt: Prompt, params: SamplingParams) -> Any:
+    engine = state.app_state.openai_serving_completion.engine_client
+    request_id = f"editserver-{uuid.uuid4().hex}"
+    last = None
+    async with aclosing(engine.generate({**prompt.engine_input}, params, request_id)) as results:
+        async for last in results:
+            edit.observe(index, last, 1, False)
+    if last is None:
+        raise failed("the engine ended without an output")
+    return last
+
+
+def _distribution(result: Any, vocab: int) -> npt.NDArray[np.float64]:
+    """The next token's log-probabilities; tokens that the model has no logit for (padding) have −∞."""
+    flat = result.outputs[0].logprobs
+    here = slice(flat.start_indices[0], flat.end_indices[0])
+    dense = np.full(vocab, -np.inf)
+    dense[np.asarray(flat.token_ids[here])] = flat.logprobs[here]
+    largest = dense.max()
+    # Under --logprobs-mode raw_logits they are logits; normalising log-probabilities changes nothing.
+    normalised: npt.NDArray[np.float64] = dense - (largest + np.log(np.exp(dense - largest).sum()))
+    return normalised
