@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from editserver.api.body import read_json, validate
-from editserver.api.errors import as_code, not_found
+from editserver.api.errors import not_found
 from editserver.api.passes import MAX_CONTRAST_TEXTS, Passes, Prompt, Text, render, run
 from editserver.api.state import EditState, editing
 from editserver.catalogue import ServedSAE
@@ -141,6 +141,10 @@ async def contrast(request: Request, sae_id: str) -> ContrastAnswer:
         raise InterventionError("invalid_inspection", f"{message} ({sae.sae.architecture} SAE)", None)
     prompts = await render(state, body.positive, "positive", "invalid_inspection")
     prompts += await render(state, body.negative, "negative", "invalid_inspection")
+    for prompt in prompts:
+        if len(prompt.token_ids) < 2:
+            message = f"{prompt.param}: has one token only; the first token is never evidence"
+            raise InterventionError("invalid_inspection", message, prompt.param)
     passes, top_k = await _measure(state, sae, prompts)
     return await asyncio.to_thread(_compare, state, sae, body, passes, top_k)
 
@@ -155,11 +159,7 @@ async def _measure(state: EditState, sae: ServedSAE, prompts: Sequence[Prompt]) 
     values = [1.0] + [0.0] * (state.catalogue.d_model - 1)
     probe = {"type": "steer", "values": values, "layer": sae.layer, "strength": _PROBE, "tokens": "prompt"}
     inspect = {"sae": sae.id, "tokens": "prompt", "top_k": top_k}
-    try:
-        return await run(state, prompts, [probe], inspect), top_k
-    except InterventionError as error:
-        message = error.message.replace("inspect.tokens: ", "").replace("interventions[0].tokens: ", "")
-        raise InterventionError(as_code(error.code), message, None, error.status) from None
+    return await run(state, prompts, [probe], inspect), top_k
 
 
 def _compare(state: EditState, sae: ServedSAE, body: ContrastBody, passes: Passes, top_k: int) -> ContrastAnswer:

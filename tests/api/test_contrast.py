@@ -104,14 +104,14 @@ def test_contrast_finds_features_that_also_separate_texts_it_never_saw(http: htt
 
 @engine
 def test_exchanged_sides_find_other_features_with_mirrored_numbers(http: httpx.Client, bundled: str) -> None:
-    one = post(http, bundled, positive=MUSIC, negative=FINANCE, limit=1000).json()["data"]
-    other = post(http, bundled, positive=FINANCE, negative=MUSIC, limit=1000).json()["data"]
+    one = post(http, bundled, positive=MUSIC[:2], negative=FINANCE[:2], limit=1000).json()["data"]
+    other = post(http, bundled, positive=FINANCE[:2], negative=MUSIC[:2], limit=1000).json()["data"]
     assert one[0]["index"] != other[0]["index"]
+    assert len(one) < 1000  # all active features are listed, the worst ones too
     mirrored = {item["index"]: item for item in other}
-    shared = [item for item in one[:5] if item["index"] in mirrored]
-    assert shared
-    for item in shared:
+    for item in one[:5]:
         assert mirrored[item["index"]]["score"] == pytest.approx(-item["score"], abs=0.05)
+        assert mirrored[item["index"]]["auroc"] == pytest.approx(1 - item["auroc"], abs=0.05)
 
 
 @engine
@@ -120,7 +120,9 @@ def test_scores_are_those_of_the_activations_of_the_same_texts(http: httpx.Clien
     answer = post(http, RELU, positive=MUSIC, negative=FINANCE, pool=pool, limit=1000, max_density=1.0).json()
     rows = pooled(http, RELU, MUSIC + FINANCE, N_FEATURES, pool)
     positive, negative = rows[: len(MUSIC)], rows[len(MUSIC) :]
-    assert len(answer["data"]) == N_FEATURES
+    silent = set(range(N_FEATURES)) - {item["index"] for item in answer["data"]}
+    assert len(silent) < 10
+    assert np.abs(rows[:, sorted(silent)]).max(initial=0) < 0.5  # rounding may decide whether a latent is just on
     assert answer["truncated_tokens"] == 0  # all 128 latents are reported
     known = {3: 7.0}  # what features.* beside the probe says of its largest activation
     for item in answer["data"]:
