@@ -186,22 +186,25 @@ def test_library_vectors_over_several_layers_are_calibrated(http: httpx.Client, 
     assert found["dose_mean"] > 0
 
 
-def test_an_edit_that_never_acts_is_refused_with_the_largest_kl(ask: Ask) -> None:
-    never = {"tokens": ["\u00e9\u00e8"]}  # a token that the prompts do not have would select nothing
-    answer = ask(
-        {"type": "edit_features", "sae": RELU, "features": [{"index": 3, "op": "add", "value": 1}], "tokens": never}
-    )
-    assert answer.status_code == 400
-    rare = ask(
-        EDIT
-        | {"features": [{"index": 3, "op": "set", "value": 1, "only_if_active": True}], "tokens": {"from": 1, "to": 2}}
-    )
-    assert rare.status_code in (200, 400)
-    answer = ask(STEER | {"mode": "project_out", "strength": 1e-3}, target_kl=20)
-    assert answer.status_code == 400
+def test_an_edit_that_never_acts_is_refused_with_the_largest_kl(http: httpx.Client, ask: Ask) -> None:
+    sae = next(one["id"] for one in http.get("/v1/saes").json()["data"] if one["id"].startswith("smollm2-135m/"))
+    seen = http.post(f"/v1/saes/{sae}/activations", json={"input": PROMPTS, "top_k": 128}).json()["data"]
+    active = {feature["index"] for text in seen for token in text["tokens"] for feature in token["features"]}
+    silent = min(set(range(1000)) - active)
+    features = [{"index": silent, "op": "set", "value": 1, "only_if_active": True}]
+    answer = ask({"type": "edit_features", "sae": sae, "features": features})
+    assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("invalid_intervention", "target_kl")
-    assert "largest" in error["message"]
+    assert "largest is" in error["message"]
+
+
+def test_a_target_beyond_what_an_edit_can_do_is_refused(ask: Ask) -> None:
+    answer = ask(STEER | {"tokens": {"from": 1, "to": 2}}, target_kl=20)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_intervention", "target_kl")
+    assert "largest is" in error["message"]
 
 
 def test_an_edit_that_acts_however_small_is_refused_from_above(ask: Ask) -> None:
