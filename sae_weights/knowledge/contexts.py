@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .facts import Context
-from .measurement import BEFORE, Corpus
+from .facts import BEFORE, Context
+from .measurement import Corpus
 from .pool import Places
 
 STRONGEST = 5

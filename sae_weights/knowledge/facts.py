@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+BEFORE, AFTER = 10, 5
+"""Tokens of a context before and after its peak."""
 MAX_LABEL = 600
 """Characters of a label at most; published explanations are sentences."""
 

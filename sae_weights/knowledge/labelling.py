@@ -23,7 +23,7 @@ from .topics import Topics
 from .words import TokenTexts
 
 QUANTILES = ("0.25", "0.5", "0.75", "0.9", "0.99", "0.999")
-PROMOTED = 10
+PROMOTED, SUPPRESSED = 8, 5
 NEIGHBOURS = 5
 _LENS_DEPTH = 12
 TOKENS_PER_BATCH = 8192
@@ -75,8 +75,8 @@ class Labelling:
                 mean_activation=float(f"{mean[j]:.5g}") if fired else None,
                 quantiles=own,
                 contexts=choose(strongest, sample[j], own, corpus) if fired else (),
-                promoted=_tokens(lens.promoted[j], lens.promoted_weights[j], corpus),
-                suppressed=_tokens(lens.suppressed[j], lens.suppressed_weights[j], corpus),
+                promoted=_tokens(lens.promoted[j], lens.promoted_weights[j], PROMOTED, corpus),
+                suppressed=_tokens(lens.suppressed[j], lens.suppressed_weights[j], SUPPRESSED, corpus),
                 neighbours=near,
                 words=tuple(use.text[:60] for use in evidence.words[:KEPT_WORDS]),
                 topics=tuple(topic.name for topic in topics[:4]),
@@ -153,8 +153,8 @@ def _layer(sae: SAE, model: Any) -> int:
     return layer
 
 
-def _tokens(ids: Any, weights: Any, corpus: Corpus) -> tuple[tuple[str, float], ...]:
-    pairs = zip(ids[:PROMOTED].tolist(), weights[:PROMOTED].tolist(), strict=True)
+def _tokens(ids: Any, weights: Any, count: int, corpus: Corpus) -> tuple[tuple[str, float], ...]:
+    pairs = zip(ids[:count].tolist(), weights[:count].tolist(), strict=True)
     return tuple((corpus.texts[token], weight) for token, weight in pairs)
 
 

@@ -5,6 +5,7 @@
     meta(name TEXT PRIMARY KEY, value TEXT)          value is JSON: sae_digest, n_features, tokens, sources, demo, …
     feature("index" INTEGER PRIMARY KEY, label TEXT, label_source TEXT, density REAL, max_activation REAL,
             mean_activation REAL, facts BLOB)         facts: zlib-compressed JSON (below), or NULL
+    dictionary(data BLOB)                            at most one row: zlib's preset dictionary for ``facts``
     search USING fts5(label, words, promoted)        contentless; rowid = feature index + 1 (rowids start at 1)
 
 ``facts`` has the fields, all optional::
@@ -14,10 +15,13 @@
      "contexts": [{"tokens": [" the", " violin"], "activations": {"1": 8.1}, "peak": 1, "source": "brown"}, …]}
 
 where activations are by index of the token and those left out are 0. ``PRAGMA application_id`` is 0x73616566 ("saef") and
-``PRAGMA user_version`` the version of the layout. One feature from a shell::
+``PRAGMA user_version`` the version of the layout. One feature, with Python alone::
 
-    python -c 'import sqlite3, zlib; print(zlib.decompress(sqlite3.connect("features.sqlite").execute(
-        "SELECT facts FROM feature WHERE \\"index\\" = 7").fetchone()[0]).decode())'
+    db = sqlite3.connect("features.sqlite")
+    data = db.execute("SELECT data FROM dictionary").fetchone()
+    facts = db.execute('SELECT facts FROM feature WHERE "index" = 7').fetchone()[0]
+    stream = zlib.decompressobj(zdict=data[0]) if data else zlib.decompressobj()
+    print(json.loads(stream.decompress(facts)))
 
 Reading trusts nothing: sizes are bounded, types and ranges are checked.
 """
@@ -39,11 +43,13 @@ STATEMENTS = {
     "meta": "CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "feature": 'CREATE TABLE feature("index" INTEGER PRIMARY KEY, label TEXT, label_source TEXT, density REAL, '
     "max_activation REAL, mean_activation REAL, facts BLOB)",
+    "dictionary": "CREATE TABLE dictionary(data BLOB NOT NULL)",
+    # Without content, bm25 needs the positions that detail=full keeps.
     "search": "CREATE VIRTUAL TABLE search USING fts5(label, words, promoted, content='', tokenize='porter unicode61')",
 }
 """What makes the tables; a file whose tables were made otherwise is refused."""
 OBJECTS = dict.fromkeys(
-    ("meta", "feature", "search", "search_data", "search_idx", "search_docsize", "search_config"), "table"
+    ("meta", "feature", "dictionary", "search", "search_data", "search_idx", "search_docsize", "search_config"), "table"
 )
 """All that the file may hold, FTS5's shadow tables included: no view and no trigger that a reader would run."""
 
@@ -52,6 +58,8 @@ MAX_BLOB = 1 << 20
 MAX_TEXT = 1 << 20
 """Bytes of one value of ``meta``."""
 MAX_FEATURES = 1 << 25
+MAX_DICTIONARY = 1 << 15
+"""Bytes of zlib's window: a longer dictionary is of no use."""
 _MAX_LIST = 512
 _MAX_WORD = 400
 
@@ -59,7 +67,7 @@ Row = tuple[Any, ...]
 COLUMNS = '"index", label, label_source, density, max_activation, mean_activation'
 
 
-def pack(feature: Feature) -> Row:
+def pack(feature: Feature, dictionary: bytes = b"") -> Row:
     """One row of ``feature``."""
     facts = {
         "quantiles": {name: _rounded(value) for name, value in feature.quantiles.items()},
@@ -72,9 +80,15 @@ def pack(feature: Feature) -> Row:
     }
     stated = {name: value for name, value in facts.items() if value}
     text = json.dumps(stated, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    blob = zlib.compress(text.encode("utf-8", "replace"), 9) if stated else None
+    blob = deflate(text.encode("utf-8", "replace"), dictionary) if stated else None
     numbers = (feature.density, feature.max_activation, feature.mean_activation)
     return feature.index, feature.label, feature.label_source, *numbers, blob
+
+
+def deflate(text: bytes, dictionary: bytes) -> bytes:
+    """zlib, with a preset dictionary if there is one."""
+    stream = zlib.compressobj(9, zdict=dictionary) if dictionary else zlib.compressobj(9)
+    return stream.compress(text) + stream.flush()
 
 
 def _pack_context(context: Context) -> dict[str, Any]:
@@ -82,13 +96,13 @@ def _pack_context(context: Context) -> dict[str, Any]:
     return {"tokens": list(context.tokens), "activations": fired, "peak": context.peak, "source": context.source}
 
 
-def unpack(row: Row, n_features: int) -> Feature:
+def unpack(row: Row, n_features: int, dictionary: bytes = b"") -> Feature:
     """A feature from its row (``COLUMNS``, or these and ``facts``). Raises KnowledgeError naming the field."""
     index, label, label_source, density, largest, mean, *rest = row
     where = f"feature {index!r}"
     if type(index) is not int or not 0 <= index < n_features:
         raise KnowledgeError(f"{where}: expected an index 0..{n_features - 1}")
-    facts = unzip(rest[0], where) if rest and rest[0] is not None else {}
+    facts = unzip(rest[0], where, dictionary) if rest and rest[0] is not None else {}
     return Feature(
         index,
         _optional_text(label, f"{where}: label", MAX_LABEL),
@@ -112,16 +126,21 @@ def unpack(row: Row, n_features: int) -> Feature:
     )
 
 
-def unzip(blob: object, where: str) -> dict[str, Any]:
-    """The JSON object in a zlib blob, unpacking no more than ``MAX_BLOB``."""
+def inflate(blob: object, where: str, dictionary: bytes) -> bytes:
+    """What a zlib blob holds, at most ``MAX_BLOB`` bytes. Raises zlib.error for other bytes, KnowledgeError for no bytes."""
     if not isinstance(blob, bytes):
         raise KnowledgeError(f"{where}: facts are {type(blob).__name__}; expected a zlib blob")
+    stream = zlib.decompressobj(zdict=dictionary) if dictionary else zlib.decompressobj()
+    text = stream.decompress(blob, MAX_BLOB)
+    if not stream.eof:
+        raise KnowledgeError(f"{where}: facts are cut off, or unpack to more than {MAX_BLOB} bytes")
+    return text
+
+
+def unzip(blob: object, where: str, dictionary: bytes) -> dict[str, Any]:
+    """The JSON object in a zlib blob."""
     try:
-        stream = zlib.decompressobj()
-        text = stream.decompress(blob, MAX_BLOB)
-        if not stream.eof:
-            raise KnowledgeError(f"{where}: facts are cut off, or unpack to more than {MAX_BLOB} bytes")
-        facts = json.loads(text)
+        facts = json.loads(inflate(blob, where, dictionary))
     except (zlib.error, UnicodeDecodeError, ValueError, RecursionError) as error:
         if isinstance(error, KnowledgeError):
             raise

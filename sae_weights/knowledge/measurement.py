@@ -23,12 +23,11 @@ from torch import Tensor
 from sae_weights.sae import SAE
 from sae_weights.training.activations import OUTLIER
 
+from .facts import AFTER, BEFORE
 from .pool import Places, Pool
 from .tally import Floats, Ints, Moments, PairTally
 from .words import TokenTexts, Words
 
-BEFORE, AFTER = 12, 7
-"""Tokens of a context before and after its peak."""
 RADIUS = BEFORE
 EARLY = 4
 TOP, SAMPLE = 20, 20

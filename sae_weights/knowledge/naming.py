@@ -4,6 +4,7 @@
 ``"of course"``                           … after one other
 ``"the" near court, judge``               … that is too common to say enough
 ``"-ing": walking, talking``              … that is a part of words
+``comma "," near red, blue``              … that is a sign
 ``musical instrument: violin, piano``     it fires on words of one WordNet class
 ``years: 1961, 1958``, ``names: Mary, John``
 ``harbour, sail, ship``                   it fires on these words above others
@@ -29,8 +30,16 @@ CLEAR = 6.0
 COMMON = 1e-3
 """Share of the corpus from which on a word alone says too little."""
 
+_SIGNS = {
+    ",": "comma", ".": "full stop", ":": "colon", ";": "semicolon", "?": "question mark", "!": "exclamation mark",
+    '"': "quotation mark", "'": "apostrophe", "(": "opening bracket", ")": "closing bracket", "-": "hyphen",
+    "--": "dash", "\n": "line break", "\n\n": "blank line", "_": "underscore", "=": "equals sign", "*": "asterisk",
+    "�": "part of a character",
+}  # fmt: skip
+"""Names for what cannot be searched for."""
+_ENDINGS = re.compile(r"(?:ings?|edly|ed|ly|es|e|s|er|ers|'s)$")
 _YEAR = re.compile(r"(1[0-9]|20)\d\d")
-_STARTS_ALNUM = re.compile(r"\W*\w")
+_BEGINS_WORD = re.compile(r" [^\W\d_]{2,}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ def label(evidence: Evidence) -> str | None:
     prefix = ""
     if core is not None:
         prefix = "dense: " if evidence.density > DENSE else "code: " if evidence.code else ""
-    text = f"{prefix}{core or ''}"
+    text = clipped(shown(f"{prefix}{core or ''}"))
     says = says_clearly(evidence.promoted, text)
     for count in range(len(says), 0, -1):
         longer = f"{text} → says {', '.join(says[:count])}".strip()
@@ -129,6 +138,9 @@ def _one_form(evidence: Evidence) -> str | None:
         affix = f"-{text}" if ends >= 0.5 * sum(use.share for use in part_of) else f"{text}-"
         return _fitted(_texts(part_of[:3]), f'"{affix}": ')
     quoted = f'"{shown(text)}"'
+    if text in _SIGNS:
+        sign = f"{_SIGNS[text]} {quoted}" if text.isprintable() and text not in '"�' else _SIGNS[text]
+        return _fitted(evidence.nearby[:2], f"{sign} near ")
     if evidence.before and evidence.before[0][1] >= ONE_FORM and evidence.before[0][0].strip():
         return f'"{shown((evidence.before[0][0] + form.text).strip())}"'
     if form.corpus >= COMMON and evidence.nearby:
@@ -179,32 +191,41 @@ def _ending(evidence: Evidence) -> str | None:
 
 
 def _word_list(evidence: Evidence) -> str | None:
-    words = [use for use in evidence.words if use.share >= 0.02] or list(evidence.words[:3])
-    if words and not any(use.text[:1].isalnum() for use in words[:4]) and evidence.nearby:
-        return _fitted(evidence.nearby[:3], f"{_fitted(_quoted(words[:3]))} near ")
-    return _fitted(_texts(words[:4])) or None
+    words = [use for use in evidence.words if use.text[:1].isalnum()]
+    signs = [use for use in _forms(evidence.tokens) if not any(c.isalnum() for c in use.text)]
+    if sum(use.share for use in signs) >= ONE_FORM:
+        return _fitted((_SIGNS.get(use.text.strip(" "), shown(use.text)) for use in signs[:3]), "signs: ")
+    plain = [use for use in words if use.share >= 0.015] or words[:3]
+    return _fitted(_texts(plain[:6])[:4]) or None
 
 
 def says_clearly(promoted: Sequence[tuple[str, float]], label_so_far: str = "") -> list[str]:
-    """Up to three promoted tokens worth naming: far above chance, or several of one stem; not those already named."""
-    if not promoted:
+    """Up to three promoted words worth naming: far above chance, or several of one stem; not those already named.
+
+    Only tokens that begin a word count: the others are rare pieces that many directions promote a little.
+    """
+    whole = [(token.strip(), weight) for token, weight in promoted if _BEGINS_WORD.fullmatch(token)]
+    if not whole:
         return []
-    best = promoted[0][1]
-    stems = [fold(token)[:4] for token, _ in promoted[:6]]
-    akin = max((stems.count(stem) for stem in stems if len(stem) == 4), default=0) >= 3
+    best = whole[0][1]
+    stems = [stem(token) for token, _ in whole[:6]]
+    akin = max((stems.count(one) for one in stems), default=0) >= 2 and best >= 0.75 * CLEAR
     if best < CLEAR and not akin:
         return []
-    named = {word[:4] for word in re.findall(r"\w+", label_so_far.lower())}
+    named = {stem(word) for word in re.findall(r"\w+", label_so_far)}
     chosen: list[str] = []
-    for token, weight in promoted[:8]:
-        key = fold(token)
+    for token, weight in whole:
         if weight < 0.7 * best or len(chosen) == 3:
             break
-        if "�" in token or not _STARTS_ALNUM.match(token) or key[:4] in named:
-            continue
-        if all(key[:4] != fold(other)[:4] for other in chosen):
-            chosen.append(token.strip())
+        if stem(token) not in named | {stem(other) for other in chosen}:
+            chosen.append(token)
     return chosen
+
+
+def stem(word: str) -> str:
+    """A crude stem, by which "look", "looked" and "looking" are one word in a list."""
+    folded = word.strip().lower()
+    return _ENDINGS.sub("", folded) if len(folded) > 4 else folded
 
 
 def fold(text: str) -> str:
@@ -227,11 +248,10 @@ def _forms(uses: Sequence[Use]) -> list[Use]:
 
 def _texts(uses: Iterable[Use]) -> list[str]:
     """Texts, one spelling of each word, in order."""
-    return [shown(text) for text in {fold(use.text): use.text for use in reversed(list(uses))}.values()][::-1]
-
-
-def _quoted(uses: Iterable[Use]) -> list[str]:
-    return [f'"{text}"' for text in _texts(uses)]
+    first: dict[str, str] = {}
+    for use in uses:
+        first.setdefault(stem(use.text), use.text)
+    return [shown(text) for text in first.values()]
 
 
 def shown(text: str) -> str:
@@ -248,5 +268,9 @@ def _fitted(texts: Iterable[str], head: str = "") -> str:
         if line and len(longer) > LONGEST:
             break
         line = longer
-    line = line or head.rstrip().removesuffix(":").removesuffix(" near")
+    return clipped(line or head.rstrip().removesuffix(":").removesuffix(" near"))
+
+
+def clipped(line: str) -> str:
+    """At most ``LONGEST`` characters."""
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"

@@ -22,11 +22,10 @@ from typing import Any
 
 from sae_weights.sae import SAE
 
-from .facts import Context, Feature, KnowledgeError, shorten
+from .facts import AFTER, BEFORE, Context, Feature, KnowledgeError, shorten
 from .imports import Explanation, Imported, explanation_text, feature_index, json_file, lines, sorted_files
 
 CONTEXTS = 8
-BEFORE, AFTER = 12, 7
 _LISTED = 10
 _TABLES = ("explanations", "features", "activations")
 
@@ -130,8 +129,8 @@ class _Reader:
             return
         method = row.get("typeName")
         scores = row.get("scores")
-        values = [s.get("value") for s in scores if isinstance(s, dict)] if isinstance(scores, list) else []
-        numbers = [v for v in values if _is_number(v)]
+        values: list[Any] = [s.get("value") for s in scores if isinstance(s, dict)] if isinstance(scores, list) else []
+        numbers = [float(v) for v in values if _is_number(v)]
         created = row.get("createdAt")
         self._imported.offer(
             Explanation(

@@ -16,7 +16,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .facts import Feature, KnowledgeError
-from .layout import APPLICATION_ID, COLUMNS, MAX_BLOB, MAX_FEATURES, MAX_TEXT, OBJECTS, STATEMENTS, VERSION, Row, unpack
+from .layout import (
+    APPLICATION_ID,
+    COLUMNS,
+    MAX_BLOB,
+    MAX_DICTIONARY,
+    MAX_FEATURES,
+    MAX_TEXT,
+    OBJECTS,
+    STATEMENTS,
+    VERSION,
+    Row,
+    unpack,
+)
 from .writer import KnowledgeWriter
 
 if TYPE_CHECKING:
@@ -62,6 +74,10 @@ class KnowledgeStore:
         digest, n_features = self.meta.get("sae_digest"), self.meta.get("n_features")
         if not isinstance(digest, str) or type(n_features) is not int or not 1 <= n_features <= MAX_FEATURES:
             raise KnowledgeError(f"{path}: meta lacks sae_digest or n_features")
+        found = self._rows("SELECT data FROM dictionary LIMIT 2", ())
+        if len(found) > 1 or any(not isinstance(d, bytes) or not 0 < len(d) <= MAX_DICTIONARY for (d,) in found):
+            raise KnowledgeError(f"{path}: the dictionary is not one row of at most {MAX_DICTIONARY} bytes")
+        self._dictionary: bytes = found[0][0] if found else b""
         self.sae_digest = digest
         self.n_features = n_features
 
@@ -195,7 +211,7 @@ class KnowledgeStore:
 
     def _unpack(self, row: Row) -> Feature:
         try:
-            return unpack(row, self.n_features)
+            return unpack(row, self.n_features, self._dictionary)
         except KnowledgeError as error:
             raise KnowledgeError(f"{self.path}: {error}") from None
 

@@ -17,8 +17,16 @@ MIN_WORDS = 3
 _MIN_DEPTH = 3
 """Hypernyms nearer to the root ("entity", "abstraction", "object") name nothing."""
 _VAGUE = frozenset(
-    ("artifact", "whole", "instrumentality", "living thing", "causal agent", "matter", "act", "event", "state")
-)
+    (
+        "artifact", "whole", "instrumentality", "living thing", "causal agent", "matter", "act", "event", "state",
+        "organism", "cognition", "content", "information", "group", "attribute", "property", "relation", "measure",
+        "psychological feature", "definite quantity", "fundamental quantity", "substance", "structure", "device",
+        "happening", "cause", "part", "thing", "physical condition", "message", "area", "signal", "idea", "concept",
+        "change", "act", "move", "make", "travel", "be", "have", "get", "think", "physical entity", "chordate",
+        "vertebrate", "placental", "adult", "unit", "social group", "point", "line", "entity", "body",
+    )
+)  # fmt: skip
+"""Classes whose names would tell a reader nothing."""
 
 
 @dataclass(frozen=True)

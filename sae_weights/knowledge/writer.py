@@ -14,7 +14,22 @@ from types import TracebackType
 from typing import Any
 
 from .facts import Feature, KnowledgeError, shorten
-from .layout import APPLICATION_ID, COLUMNS, MAX_FEATURES, STATEMENTS, VERSION, pack, unpack
+from .layout import (
+    APPLICATION_ID,
+    COLUMNS,
+    MAX_DICTIONARY,
+    MAX_FEATURES,
+    STATEMENTS,
+    VERSION,
+    deflate,
+    inflate,
+    pack,
+    unpack,
+)
+
+_SAMPLES = 40
+_WORTH_IT = 500
+"""Features from which on a shared dictionary saves more than it takes."""
 
 
 class KnowledgeWriter:
@@ -32,6 +47,7 @@ class KnowledgeWriter:
         os.close(handle)
         self._partial = Path(name)
         self._db: sqlite3.Connection | None = None
+        self._dictionary = b""
 
     @classmethod
     def new(cls, path: str | Path, *, sae_digest: str, n_features: int, meta: Mapping[str, Any]) -> KnowledgeWriter:
@@ -53,7 +69,8 @@ class KnowledgeWriter:
         """A changed copy of the store at ``path``, which it will replace."""
         writer = cls(path, n_features)
         shutil.copyfile(path, writer._partial)
-        writer._connect()
+        found = writer._connect().execute("SELECT data FROM dictionary").fetchone()
+        writer._dictionary = found[0] if found else b""
         return writer
 
     def _connect(self) -> sqlite3.Connection:
@@ -77,7 +94,7 @@ class KnowledgeWriter:
     def add(self, features: Iterable[Feature]) -> None:
         """Write features (replacing what was known under their index)."""
         statement = "INSERT OR REPLACE INTO feature VALUES (?, ?, ?, ?, ?, ?, ?)"
-        self._open.executemany(statement, (pack(self._checked(feature)) for feature in features))
+        self._open.executemany(statement, (pack(self._checked(feature), self._dictionary) for feature in features))
 
     def set_labels(self, labels: Iterable[tuple[int, str, str]]) -> int:
         """Set labels from (index, label, label_source), adding features that were unknown; how many were set."""
@@ -96,12 +113,28 @@ class KnowledgeWriter:
         """What was written about one feature so far."""
         query = f'SELECT {COLUMNS}, facts FROM feature WHERE "index" = ?'
         row = self._open.execute(query, (index,)).fetchone()
-        return Feature(index) if row is None else unpack(row, self.n_features)
+        return Feature(index) if row is None else unpack(row, self.n_features, self._dictionary)
 
     def _checked(self, feature: Feature) -> Feature:
         if type(feature.index) is not int or not 0 <= feature.index < self.n_features:
             raise KnowledgeError(f"feature {feature.index!r}; this SAE has 0..{self.n_features - 1}")
         return feature
+
+    def _compress(self) -> None:
+        """Pack all facts anew with a dictionary of what facts of this file look like; it saves a third."""
+        db = self._open
+        filled = [
+            index for (index,) in db.execute('SELECT "index" FROM feature WHERE facts IS NOT NULL ORDER BY "index"')
+        ]
+        if self._dictionary or len(filled) < _WORTH_IT:
+            return
+        one = 'SELECT facts FROM feature WHERE "index" = ?'
+        samples = (db.execute(one, (i,)).fetchone()[0] for i in filled[:: len(filled) // _SAMPLES])
+        self._dictionary = b"".join(inflate(blob, "facts", b"") for blob in samples)[-MAX_DICTIONARY:]
+        db.execute("INSERT INTO dictionary VALUES (?)", (self._dictionary,))
+        for index in filled:
+            text = inflate(db.execute(one, (index,)).fetchone()[0], "facts", b"")
+            db.execute('UPDATE feature SET facts = ? WHERE "index" = ?', (deflate(text, self._dictionary), index))
 
     def _index(self) -> None:
         """Build the search index anew from what is in ``feature``."""
@@ -109,13 +142,14 @@ class KnowledgeWriter:
         db.execute("DROP TABLE search")
         db.execute(STATEMENTS["search"])
         rows = db.execute(f'SELECT {COLUMNS}, facts FROM feature ORDER BY "index"')
-        features = (unpack(row, self.n_features) for row in rows)
-        entries = ((f.index + 1, f.label or "", _words(f), " ".join(t for t, _ in f.promoted)) for f in features)
+        features = (unpack(row, self.n_features, self._dictionary) for row in rows)
+        entries = ((f.index + 1, f.label or "", _words(f), _promoted(f)) for f in features)
         db.executemany("INSERT INTO search(rowid, label, words, promoted) VALUES (?, ?, ?, ?)", entries)
         db.execute("INSERT INTO search(search) VALUES ('optimize')")
 
     def close(self) -> None:
         """Index, compact and put the file in place."""
+        self._compress()
         self._index()
         self._open.commit()
         self._open.execute("VACUUM")
@@ -146,6 +180,11 @@ class KnowledgeWriter:
 
 
 def _words(feature: Feature) -> str:
-    """What a feature fires on, for the search index: its words and topics, and the words at its contexts' peaks."""
-    peaks = ("".join(c.tokens[max(0, c.peak - 1) : c.peak + 2]) for c in feature.contexts)
+    """What a feature fires on, for the search index: its words and topics, and the strongest contexts around their peaks."""
+    peaks = ("".join(c.tokens[max(0, c.peak - 1) : c.peak + 2]) for c in feature.contexts[:5])
     return "\n".join((*feature.words, *feature.topics, *peaks))
+
+
+def _promoted(feature: Feature) -> str:
+    """Promoted tokens that begin a word: pieces of words are nothing that anybody searches for."""
+    return " ".join(token for token, _ in feature.promoted if token[:1].isspace() or token[:1].isupper())

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Metaspace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae_weights import SAE, Hook
 
-WORDS = ["<unk>", "<|im_start|>", "<|im_end|>", *(f"w{i}" for i in range(57))]
+WORDS = ["<unk>", "<|im_start|>", "<|im_end|>", *(f" w{i}" for i in range(57))]
+"""Texts of the tokens."""
 D_MODEL = 32
 LAYERS = 3
 
@@ -56,8 +58,9 @@ def lab() -> Lab:
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.model.norm.weight.uniform_(0.5, 1.5)
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
+    words = Tokenizer(WordLevel({word.replace(" ", "▁"): i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Metaspace()
+    words.decoder = MetaspaceDecoder()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", additional_special_tokens=["<|im_start|>", "<|im_end|>"]
     )

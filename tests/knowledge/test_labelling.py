@@ -156,7 +156,7 @@ def test_a_planted_token_is_found_with_its_contexts_its_density_and_its_label(la
         for quiet in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
             quiet.weight *= 0.01
     passages = make_passages(60, seed=11)
-    token, says = WORDS.index("w7"), WORDS.index("w9")
+    token, says = WORDS.index(" w7"), WORDS.index(" w9")
     embedding = model.model.embed_tokens.weight.detach()
     W_enc = torch.randn(4, D_MODEL, generator=torch.Generator().manual_seed(0)) * 0.01
     W_enc[0] = embedding[token] - embedding.mean(dim=0)
@@ -196,8 +196,8 @@ def test_a_planted_token_is_found_with_its_contexts_its_density_and_its_label(la
     assert planted.density == pytest.approx(len(at_token) / found.tokens, rel=1e-3)
     assert planted.max_activation == pytest.approx(max(at_token), rel=1e-4)
     assert planted.contexts
-    assert all(c.tokens[c.peak] == "w7" for c in planted.contexts)
-    assert planted.promoted[0][0] == "w9"
+    assert all(c.tokens[c.peak] == " w7" for c in planted.contexts)
+    assert planted.promoted[0][0] == " w9"
     assert planted.label is not None
     assert planted.label.startswith('"w7"')
     assert planted.words[0] == "w7"

@@ -284,6 +284,41 @@ def test_hostile_rows_are_an_error_wherever_they_are_read(path: Path, statement:
         assert (opened.labels(), opened.listing(0, 10)) is None
 
 
+def test_many_features_share_a_dictionary_and_read_the_same(tmp_path: Path) -> None:
+    many = [
+        Feature(i, f"label {i}", promoted=((f" token{i}", 0.5), (" other", 0.25)), contexts=VIOLIN.contexts)
+        for i in range(600)
+    ]
+    sizes = {}
+    for name, count in (("few", 400), ("many", 600)):
+        with KnowledgeStore.create(tmp_path / name, sae_digest=DIGEST, n_features=600, meta={}) as writer:
+            writer.add(many[:count])
+        sizes[name] = sum(len(b) for (b,) in sqlite3.connect(tmp_path / name).execute("SELECT facts FROM feature"))
+    assert sizes["many"] / 600 < 0.7 * sizes["few"] / 400
+    with KnowledgeStore.open(tmp_path / "many") as opened:
+        assert [opened.feature(i) for i in range(600)] == many
+        with opened.change() as writer:
+            writer.set_labels([(5, "another", "hand")])
+    with KnowledgeStore.open(tmp_path / "many") as changed:
+        assert changed.feature(5).contexts == VIOLIN.contexts
+        assert changed.feature(5).label == "another"
+
+
+@pytest.mark.parametrize("dictionary", [b"", b"x" * 40_000, "text"])
+def test_a_dictionary_that_is_none_is_refused(path: Path, dictionary: object) -> None:
+    spoil(path, "INSERT INTO dictionary VALUES (?)", values=(dictionary,))
+    with pytest.raises(KnowledgeError, match="the dictionary is not one row"):
+        KnowledgeStore.open(path)
+
+
+def test_a_blob_that_asks_for_another_dictionary_is_an_error(path: Path) -> None:
+    stream = zlib.compressobj(9, zdict=b"something else")
+    blob = stream.compress(b"{}") + stream.flush()
+    spoil(path, 'UPDATE feature SET facts=? WHERE "index"=7', values=(blob,))
+    with KnowledgeStore.open(path) as opened, pytest.raises(KnowledgeError, match="feature 7"):
+        opened.feature(7)
+
+
 def test_a_search_index_that_names_other_features_is_an_error(path: Path) -> None:
     spoil(path, "INSERT INTO search(rowid, label) VALUES (4000, 'giraffe')")
     with KnowledgeStore.open(path) as opened, pytest.raises(KnowledgeError, match="3999"):
