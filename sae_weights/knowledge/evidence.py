@@ -14,7 +14,7 @@ from .naming import Evidence, Use
 from .pool import Places
 from .topics import Topic, Topics
 
-HEAVIEST = 60
+HEAVIEST = 100
 """Words of a feature that are looked at, by activation mass."""
 KEPT_WORDS = 12
 CODE_SOURCES = frozenset(("python", "code"))
@@ -49,7 +49,7 @@ class Witness:
     def evidence(self, feature: int, strongest: Places) -> Evidence:
         """Evidence about one feature; ``strongest`` are its strongest places."""
         measured = self._measured
-        mass = max(float(measured.moments.total[feature]), 1e-12)
+        mass = max(float(measured.mass[feature]), 1e-12)
         fires = int(measured.moments.count[feature])
         words = self._used_words(feature, mass)
         sources = measured.sources[feature] / mass
@@ -88,7 +88,7 @@ class Witness:
             Use(texts[w], m / mass, float(self._word_counts[w]) / self._words, texts[w] in self._proper)
             for w, m in zip(items[:HEAVIEST].tolist(), masses[:HEAVIEST].tolist(), strict=True)
         ]
-        return sorted(uses, key=lambda use: -use.share * math.log(max(use.lift, 1.0) + 1e-9))
+        return sorted(uses, key=lambda use: -use.weight)
 
     def _before(self, places: Places) -> list[tuple[str, float]]:
         tokens = [int(self._corpus.tokens[t - 1]) for t in places.token.tolist() if t not in self._starts]

@@ -6,6 +6,9 @@ As a plain loop, for every ordinary token t (not at position 0, ‖h‖ ≤ 10 �
     tokens[j, token(t)] += f;  words[j, word(t)] += f;  sources[j, source(t)] += f;  early[j] += f if position(t) < 4
     if f is the largest of j within RADIUS tokens of the same sequence:  offer t to j's pools of places
 
+but the last two lines only if ‖h‖ ≤ STRANGE × median: a token between that and a sink fires hundreds of features strongly
+and says nothing about any of them.
+
 The batch is handled as a list of (row, feature, value) triples, about L0 of them per token; only the encoder sees the
 dense matrix.
 """
@@ -29,6 +32,8 @@ from .tally import Floats, Ints, Moments, PairTally
 from .words import TokenTexts, Words
 
 RADIUS = BEFORE
+STRANGE = 3.0
+"""Multiple of the median norm beyond which a token is counted, but neither shown nor used for a label."""
 EARLY = 4
 TOP, SAMPLE = 20, 20
 """Places per feature that are kept: the strongest, and random ones."""
@@ -99,6 +104,8 @@ class Measurement:
         self.sources = np.zeros((n, len(corpus.sources)))
         self.judged_of_source = np.zeros(len(corpus.sources), np.int64)
         self.early = np.zeros(n)
+        self.mass = np.zeros(n)
+        """Σ f over the tokens that labels are made from."""
         self.top = Pool(n, TOP)
         self.sample = Pool(n, SAMPLE)
 
@@ -132,7 +139,8 @@ class Measurement:
         token = corpus.start[passage] + position
         x = h.float()
         assert self.median_norm is not None
-        sinks = (x.norm(dim=1) > OUTLIER * self.median_norm).numpy()
+        norm = x.norm(dim=1).numpy() / self.median_norm
+        sinks = norm > OUTLIER
         self.outliers += int((sinks & (position > 0)).sum())
         evidence = ~sinks & (position > 0)
         self.judged += int(evidence.sum())
@@ -146,6 +154,9 @@ class Measurement:
         dense = f.numpy()
         value = dense[row, feature].astype(np.float64)
         self.moments.add(feature, value)
+        telling = norm[row] <= STRANGE
+        row, feature, value = row[telling], feature[telling], value[telling]
+        self.mass += np.bincount(feature, value, minlength=self.sae.n_features)
         self.tokens.add(feature, corpus.tokens[token[row]], value)
         self.words.add(feature, corpus.words[token[row]], value)
         cells = feature * len(corpus.sources) + corpus.source[passage[row]]

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class Use:
     @property
     def lift(self) -> float:
         return self.share / max(self.corpus, 1e-6)
+
+    @property
+    def weight(self) -> float:
+        """How much it says about the feature: share × log lift."""
+        return self.share * math.log(max(self.lift, 1.0) + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def label(evidence: Evidence) -> str | None:
 
 def _core(evidence: Evidence) -> str | None:
     describe: tuple[Callable[[Evidence], str | None], ...] = (
-        _template, _start, _one_form, _numbers, _topic, _names, _ending, _word_list,
+        _template, _start, _one_form, _numbers, _topic, _names, _affix, _word_list,
     )  # fmt: skip
     return next((found for rule in describe if (found := rule(evidence)) is not None), None)
 
@@ -150,53 +156,67 @@ def _one_form(evidence: Evidence) -> str | None:
 
 def _numbers(evidence: Evidence) -> str | None:
     digits = [use for use in evidence.words if use.text[:1].isdigit()]
-    if sum(use.share for use in digits) < ONE_FORM:
+    if _part(digits, evidence.words) < ONE_FORM:
         return None
-    years = sum(use.share for use in digits if _YEAR.fullmatch(use.text))
-    kind = "years" if years >= 0.6 * sum(use.share for use in digits) else "numbers"
-    if kind == "numbers" and evidence.nearby:
+    years = [use for use in digits if _YEAR.fullmatch(use.text)]
+    if _part(years, digits) >= 0.6:
+        return _fitted(_texts(years[:3]), "years: ")
+    if evidence.nearby:
         return _fitted(evidence.nearby[:2], f"numbers ({_fitted(_texts(digits[:2]))}) near ")
-    return _fitted(_texts(digits[:3]), f"{kind}: ")
+    return _fitted(_texts(digits[:3]), "numbers: ")
 
 
 def _topic(evidence: Evidence) -> str | None:
     if not evidence.topics:
         return None
     name = evidence.topics[0].name
-    words = [text for text in _texts(evidence.words[:8]) if fold(text) != fold(name)]
-    return _fitted(words[:3], f"{name}: ")
+    return _fitted([text for text in _texts(_telling(evidence)) if stem(text) != stem(name)][:3], f"{name}: ")
 
 
 def _names(evidence: Evidence) -> str | None:
     proper = [use for use in evidence.words if use.proper]
-    if sum(use.share for use in proper) < 0.6 or len(proper) < 4:
+    if _part(proper, evidence.words) < 0.6 or len(proper) < 4:
         return None
     return _fitted(_texts(proper[:4]), "names: ")
 
 
-def _ending(evidence: Evidence) -> str | None:
-    """A common ending of words that are otherwise unlike."""
-    words = [use for use in evidence.words if use.text.isalpha() and len(use.text) >= 5]
-    shares: dict[str, tuple[float, int]] = {}
-    for use in words:
-        for length in (4, 3):
-            ending = use.text.lower()[-length:]
-            share, count = shares.get(ending, (0.0, 0))
-            shares[ending] = (share + use.share, count + 1)
-    fitting = [(len(e), share, e) for e, (share, count) in shares.items() if share >= ONE_FORM and count >= 5]
-    if not fitting:
-        return None
-    ending = max(fitting)[2]
-    return _fitted(_texts([use for use in words if use.text.lower().endswith(ending)][:3]), f"-{ending}: ")
+def _affix(evidence: Evidence) -> str | None:
+    """A common ending or beginning of words that are otherwise unlike."""
+    words = [use for use in evidence.words if use.text.isalpha() and len(use.text) >= 3]
+    for cut, shown_as in ((lambda w, n: w[-n:], "-{}"), (lambda w, n: w[:n], "{}-")):
+        for length in (4, 3, 2, 1):
+            longer = [use for use in words if len(use.text) > length]
+            groups: dict[str, list[Use]] = {}
+            for use in longer:
+                groups.setdefault(cut(use.text.lower(), length), []).append(use)
+            for affix, members in groups.items():
+                stems = {stem(use.text) for use in members}
+                # One letter is shared by chance by a tenth of all words.
+                if len(stems) >= 6 and _part(members, words) >= (0.6 if length > 1 else 0.7):
+                    return _fitted(_texts(members[:4])[:3], f'"{shown_as.format(affix)}": ')
+    return None
 
 
 def _word_list(evidence: Evidence) -> str | None:
-    words = [use for use in evidence.words if use.text[:1].isalnum()]
     signs = [use for use in _forms(evidence.tokens) if not any(c.isalnum() for c in use.text)]
     if sum(use.share for use in signs) >= ONE_FORM:
         return _fitted((_SIGNS.get(use.text.strip(" "), shown(use.text)) for use in signs[:3]), "signs: ")
-    plain = [use for use in words if use.share >= 0.015] or words[:3]
-    return _fitted(_texts(plain[:6])[:4]) or None
+    return _fitted(_texts(_telling(evidence))[:4]) or None
+
+
+def _telling(evidence: Evidence) -> list[Use]:
+    """The words that tell a feature from others: far more common under it than elsewhere, and not too far behind the first.
+
+    ``evidence.words`` come in the order of ``Use.weight``, which this is about.
+    """
+    words = [use for use in evidence.words if use.text[:1].isalnum()]
+    rare = [use for use in words if use.lift >= 3.0] or words[:4]
+    return [use for use in rare if use.weight >= 0.15 * rare[0].weight][:8]
+
+
+def _part(some: Iterable[Use], of: Iterable[Use]) -> float:
+    """Share of the mass of ``of`` that ``some`` have."""
+    return sum(use.share for use in some) / max(sum(use.share for use in of), 1e-12)
 
 
 def says_clearly(promoted: Sequence[tuple[str, float]], label_so_far: str = "") -> list[str]:

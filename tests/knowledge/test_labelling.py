@@ -82,9 +82,9 @@ def test_statistics_are_those_of_a_plain_loop(lab: Lab, passages: list[Passage])
 def test_contexts_are_places_of_the_corpus_with_the_activations_that_the_loop_finds(
     lab: Lab, passages: list[Passage]
 ) -> None:
-    sae = lab.sae(1, seed=3, median_norm=8.0)
+    sae = lab.sae(1, seed=3, median_norm=100.0)
     (found,) = label(lab.model, lab.tokenizer, [sae], passages)
-    fired = plain_loop(lab, sae, passages, 8.0)["fired"]
+    fired = plain_loop(lab, sae, passages, 100.0)["fired"]
     texts = [[WORDS[t] for t in p.tokens] for p in passages]
     shown = 0
     for feature in found.features():
@@ -141,6 +141,27 @@ def test_sinks_and_first_tokens_are_no_evidence(lab: Lab) -> None:
     assert found.tokens == 0
     assert found.outliers == sum(len(p.tokens) - 1 for p in passages)
     assert all(f.density == 0 and not f.contexts for f in found.features())
+
+
+def test_strange_tokens_are_counted_but_neither_shown_nor_named(lab: Lab) -> None:
+    """Between three and ten medians: here, all tokens, for of each passage only those are kept that are alike in norm."""
+    with torch.inference_mode():
+        norms = {
+            token: float(
+                lab.model(input_ids=torch.tensor([[5, token]]), output_hidden_states=True).hidden_states[2][0, 1].norm()
+            )
+            for token in range(3, len(WORDS))
+        }
+    middle = sorted(norms, key=norms.__getitem__)[15:40]
+    passages = [Passage([5, token], "prose", token) for token in middle]
+    largest = max(norms[token] for token in middle)
+    assert largest < 3 * min(norms[token] for token in middle)
+    sae = lab.sae(1, seed=3, median_norm=largest / 9.5)
+    (found,) = label(lab.model, lab.tokenizer, [sae], passages)
+    features = list(found.features())
+    assert (found.tokens, found.outliers) == (len(middle), 0)
+    assert max(f.density or 0 for f in features) > 0.1
+    assert not any(f.contexts or f.words for f in features)
 
 
 def test_a_dictionary_without_a_median_norm_gets_one_from_the_text(lab: Lab) -> None:
