@@ -183,17 +183,18 @@ def _names(evidence: Evidence) -> str | None:
 def _affix(evidence: Evidence) -> str | None:
     """A common ending or beginning of words that are otherwise unlike."""
     words = [use for use in evidence.words if use.text.isalpha() and len(use.text) >= 3]
-    for cut, shown_as in ((lambda w, n: w[-n:], "-{}"), (lambda w, n: w[:n], "{}-")):
+    for ends in (True, False):
         for length in (4, 3, 2, 1):
-            longer = [use for use in words if len(use.text) > length]
             groups: dict[str, list[Use]] = {}
-            for use in longer:
-                groups.setdefault(cut(use.text.lower(), length), []).append(use)
+            for use in words:
+                if len(use.text) > length:
+                    text = use.text.lower()
+                    groups.setdefault(text[-length:] if ends else text[:length], []).append(use)
             for affix, members in groups.items():
                 stems = {stem(use.text) for use in members}
                 # One letter is shared by chance by a tenth of all words.
                 if len(stems) >= 6 and _part(members, words) >= (0.6 if length > 1 else 0.7):
-                    return _fitted(_texts(members[:4])[:3], f'"{shown_as.format(affix)}": ')
+                    return _fitted(_texts(members)[:3], f'"-{affix}": ' if ends else f'"{affix}-": ')
     return None
 
 

@@ -41,6 +41,20 @@ CASES = {
         evidence(tokens=uses(("adelphia", 0.95)), words=uses(("Philadelphia", 0.95))),
         '"Philadelphia"',
     ),
+    "words of one ending": (
+        evidence(words=uses(*((w, 0.02) for w in ("frobbing", "wibbing", "zapping", "dancing", "eating", "mending", "sun")))),
+        '"-ing": frobbing, wibbing, zapping',
+    ),
+    "words of one beginning": (
+        evidence(words=uses(*((w, 0.02) for w in ("fork", "French", "Fame", "fun", "fill", "fender")))),
+        '"f-": fork, French, Fame',
+    ),
+    "a diffuse feature whose heaviest word is common": (
+        evidence(
+            words=(*uses(("tree", 0.019), ("flower", 0.018), ("leaf", 0.017)), *uses(("of", 0.02), corpus=0.015)),
+        ),
+        "tree, flower, leaf",
+    ),
     "years": (evidence(words=uses(("1961", 0.5), ("1958", 0.4))), "years: 1961, 1958"),
     "numbers": (evidence(words=uses(("12", 0.5), ("7", 0.4))), "numbers: 12, 7"),
     "a class": (
