@@ -74,7 +74,9 @@ class Outcome:
 
 def write_report(folder: Path, outcome: Outcome) -> None:
     """``report.json``, and ``dose.png`` if there is a curve."""
-    (folder / "report.json").write_text(json.dumps(outcome.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(
+        json.dumps(outcome.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     if outcome.curve is None:
         return
     from interventions.fitting.plots import draw_dose_curve

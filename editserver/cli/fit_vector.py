@@ -194,14 +194,20 @@ def load_model(source: str, dtype: str) -> tuple[Any, Any, str]:
         DemoModelError: the demo model's package is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     path = str(ensure_demo_model()) if source == DEMO else source
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # two displays on one terminal garble each other
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise UsageError(f"--model {source}: cannot be loaded ({first})") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     name = MODEL_NAME if source == DEMO else Path(source).name if Path(source).is_dir() else source
     return model.eval(), tokenizer, name
 

@@ -29,7 +29,7 @@ from interventions.selectors import GENERATED, LAST_PROMPT_TOKEN, union
 STEERED = union([LAST_PROMPT_TOKEN, GENERATED], include_bos=False)
 """The tokens that are steered: ``["last_prompt_token", "generated"]`` of a request."""
 
-DOSES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5)
+DOSES = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 """Magnitudes of the default grid; both signs are measured."""
 
 MAX_PERPLEXITY = 1.5

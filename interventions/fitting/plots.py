@@ -13,6 +13,7 @@ def draw_dose_curve(curve: DoseCurve, path: Path, title: str) -> None:
     """Write a PNG: effect above, perplexity and repetition below, against the dose; incoherent doses are shaded."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(7.2, 5.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,7 +35,14 @@ def draw_dose_curve(curve: DoseCurve, path: Path, title: str) -> None:
     for level, name in ((0, "held-out negatives"), (1, "held-out positives")):
         above.axhline(level, color="0.6", linewidth=0.8, linestyle="--")
         above.annotate(
-            name, (0.005, level), (0, 2), ("axes fraction", "data"), textcoords="offset points", fontsize=8, color="0.4"
+            name,
+            (0.995, level),
+            (0, 2),
+            ("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="0.4",
         )
     above.set_ylabel("effect")
     above.set_title(title, fontsize=11)
@@ -50,7 +58,10 @@ def draw_dose_curve(curve: DoseCurve, path: Path, title: str) -> None:
     )
     if curve.max_perplexity != float("inf"):
         below.axhline(curve.max_perplexity, color=_COST, linewidth=0.8, linestyle=":")
-    below.set_ylabel("perplexity, unsteered model")
+    below.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    below.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    below.yaxis.set_minor_formatter(NullFormatter())
+    below.set_ylabel("perplexity", color=_COST)
     below.set_xlabel("dose  ‖s·v‖ / median ‖h‖")
     share = below.twinx()
     share.plot(doses, [point.repetition for point in points], color="0.55", linewidth=1, label="repetition")

@@ -32,7 +32,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(*arguments: object):
-    return runner.invoke(app, ["fit", "vector", *map(str, arguments)])
+    return runner.invoke(app, ["fit", "vector", *map(str, arguments)], env={"COLUMNS": "160"})
 
 
 @pytest.fixture(scope="session")
@@ -177,7 +177,9 @@ def library_server(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_vector_can_go_to_a_running_server(library_server, tmp_path):
-    arguments = ["formal", "--pairs", PAIRS, "--layer", 15, "--url", library_server, "--no-curve"]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(PAIRS.read_text().splitlines(keepends=True)[:12]))
+    arguments = ["formal", "--pairs", few, "--layer", 15, "--url", library_server, "--no-curve"]
     first = fit(*arguments)
     assert first.exit_code == 0, first.output
     stored = VectorLibrary(tmp_path / "served").get("formal")
