@@ -259,7 +259,7 @@ def _card(sae: str, card: Mapping[str, Any], n_contexts: int) -> RenderableType:
     facts.add_row("fires on", f"{_percent(card.get('density'))} of tokens")
     fired = f"mean {_number(card.get('mean_activation'))}, largest {_number(card.get('max_activation'))}"
     quantiles = card.get("quantiles") or {}
-    spread = ", ".join(f"{float(share):.0%} below {_number(value)}" for share, value in sorted(quantiles.items()))
+    spread = ", ".join(f"{100 * float(share):g} % below {_number(value)}" for share, value in sorted(quantiles.items()))
     facts.add_row("activation", f"{fired}{f' ({spread})' if spread else ''}")
     for name in ("promoted", "suppressed"):
         tokens = [entry["token"] for entry in (card.get(name) or [])[:_SHOWN_TOKENS]]

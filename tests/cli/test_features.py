@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         density=0.012,
         max_activation=9.5,
         mean_activation=2.5,
-        quantiles={"0.5": 2.0, "0.99": 8.0},
+        quantiles={"0.5": 2.0, "0.999": 8.0},
         contexts=(Context((" she", " played", " the", " violin", "\n"), (0.0, 1.0, 0.0, 9.5, 0.0), 3, "brown"),),
         promoted=((" music", 0.4), (" orchestra", 0.3)),
         suppressed=((" tax", -0.2),),
@@ -64,7 +64,16 @@ def test_a_search_without_a_hit_says_so_and_exits_with_1(folder: Path) -> None:
 def test_show_prints_facts_contexts_and_neighbours_with_their_labels(folder: Path) -> None:
     result = runner.invoke(app, ["features", "show", str(folder), "3"], env={"COLUMNS": "140"})
     assert result.exit_code == 0, result.output
-    for part in ("music and instruments", "(hand)", "orchestra", "tax", "5 courts", "played the «violin»⏎", "brown"):
+    for part in (
+        "music and instruments",
+        "(hand)",
+        "orchestra",
+        "tax",
+        "5 courts",
+        "played the «violin»⏎",
+        "brown",
+        "99.9 % below 8",
+    ):
         assert part in result.output, part
 
 
@@ -78,7 +87,7 @@ def test_show_prints_the_contracts_card_as_json(folder: Path) -> None:
     assert card["contexts"][0]["peak"] == 3
     assert card["promoted"][0] == {"token": " music", "weight": 0.4}
     assert card["neighbours"] == [{"index": 5, "label": "courts and [bold]law[/bold]", "cosine": 0.61}]
-    assert card["quantiles"] == {"0.5": 2.0, "0.99": 8.0}
+    assert card["quantiles"] == {"0.5": 2.0, "0.999": 8.0}
 
 
 def test_a_feature_of_which_nothing_is_known_is_shown_all_the_same(folder: Path) -> None:
