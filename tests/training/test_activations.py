@@ -116,7 +116,7 @@ def small_batches(monkeypatch):
 def test_cached_activations_are_the_collected_ones(tmp_path, small_batches):
     kept = cached(tiny_model, (1, 3), MANY, tmp_path / "part")
     for layer, part in zip((1, 3), kept, strict=True):
-        (whole,) = collect(Truncated(tiny_model(), layer), MANY)
+        (whole,) = collect(Truncated(tiny_model(), layer), MANY, tokens_per_batch=64)
         assert torch.equal(part.values, whole.values)
     again = cached(lambda: pytest.fail("read the model again"), (1, 3), MANY, tmp_path / "part")
     assert torch.equal(again[0].values, kept[0].values)

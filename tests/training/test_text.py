@@ -88,13 +88,13 @@ def test_cap_keeps_the_first_sequences_up_to_the_number_of_tokens():
 
 def test_own_files_are_read_as_text_or_json_lines(tmp_path):
     (tmp_path / "a.txt").write_text(document("plain"))
-    lines = [{"text": document(f"row{i}", 300)} for i in range(60)]
+    lines = [{"text": document(f"line{i}", 300)} for i in range(60)]
     lines.append({"messages": [{"role": "user", "content": "chatw1 chatw2"}]})
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tokenizer = Words()
     text = own_text([tmp_path / "a.txt", tmp_path / "b.jsonl"], tokenizer)
     found = words_of(text.train + text.held_out, tokenizer)
-    assert {"plain", "row0", "row59", "chat"} <= found
+    assert {"plain", "line0", "line59", "chat"} <= found
     assert text.held_out
 
 
