@@ -83,7 +83,8 @@ async def list_features(
     request: Request,
     sae_id: str,
     q: Annotated[
-        str | None, Query(max_length=1000, description="Words of labels, of what features fire on, of what they promote.")
+        str | None,
+        Query(max_length=1000, description="Words of labels, of what features fire on, of what they promote."),
     ] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT,
 ) -> dict[str, Any]:
