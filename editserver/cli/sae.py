@@ -160,6 +160,7 @@ def train(
                 f"layer {of}  {line.tokens:>11,} tokens  FVU {line.fvu:.3f}  L0 {line.l0:.1f}  dead {line.dead}  "
                 f"{line.tokens_per_second:,.0f} tokens/s  {left / 60:.1f} min left",
                 highlight=False,
+                soft_wrap=True,
             )
 
         try:
