@@ -6,7 +6,7 @@
     feature("index" INTEGER PRIMARY KEY, label TEXT, label_source TEXT, density REAL, max_activation REAL,
             mean_activation REAL, facts BLOB)         facts: zlib-compressed JSON (below), or NULL
     dictionary(data BLOB)                            at most one row: zlib's preset dictionary for ``facts``
-    search USING fts5(label, words, promoted)        contentless; rowid = feature index + 1 (rowids start at 1)
+    search USING fts5(label, words, promoted, around)    contentless; rowid = feature index + 1 (rowids start at 1)
 
 ``facts`` has the fields, all optional::
 
@@ -45,7 +45,7 @@ STATEMENTS = {
     "max_activation REAL, mean_activation REAL, facts BLOB)",
     "dictionary": "CREATE TABLE dictionary(data BLOB NOT NULL)",
     # Without content, bm25 needs the positions that detail=full keeps.
-    "search": "CREATE VIRTUAL TABLE search USING fts5(label, words, promoted, content='', tokenize='porter unicode61')",
+    "search": "CREATE VIRTUAL TABLE search USING fts5(label, words, promoted, around, content='', tokenize='porter unicode61')",
 }
 """What makes the tables; a file whose tables were made otherwise is refused."""
 OBJECTS = dict.fromkeys(

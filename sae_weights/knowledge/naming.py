@@ -191,9 +191,12 @@ def _affix(evidence: Evidence) -> str | None:
                     text = use.text.lower()
                     groups.setdefault(text[-length:] if ends else text[:length], []).append(use)
             for affix, members in groups.items():
-                stems = {stem(use.text) for use in members}
+                masses: dict[str, float] = {}
+                for use in members:
+                    masses[stem(use.text)] = masses.get(stem(use.text), 0.0) + use.share
+                varied = len(masses) >= 6 and max(masses.values()) < 0.3 * sum(masses.values())
                 # One letter is shared by chance by a tenth of all words.
-                if len(stems) >= 6 and _part(members, words) >= (0.6 if length > 1 else 0.7):
+                if varied and _part(members, words) >= (0.6 if length > 1 else 0.7):
                     return _fitted(_texts(members)[:3], f'"-{affix}": ' if ends else f'"{affix}-": ')
     return None
 

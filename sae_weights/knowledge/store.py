@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 FILE = "features.sqlite"
 """Its name beside the SAE's weights."""
 
-COLUMN_WEIGHTS = (10.0, 4.0, 1.0)
-"""bm25 weights of label, words, promoted."""
+COLUMN_WEIGHTS = (4.0, 1.0, 0.3, 0.1)
+"""bm25 weights of label, words, promoted, around: low enough that a word at several peaks counts more than at one."""
 PREFIX_SHARE = 0.4
 """What a word counts that only begins with the word that was asked for."""
 MAX_WORDS = 12
@@ -169,9 +169,7 @@ class KnowledgeStore:
 
     def _matches(self, word: str) -> dict[int, float]:
         """bm25 (positive, larger is better) per feature that has the word, or one that begins with it."""
-        query = (
-            "SELECT rowid - 1, -bm25(search, ?, ?, ?) AS rank FROM search WHERE search MATCH ? ORDER BY 2 DESC LIMIT ?"
-        )
+        query = "SELECT rowid - 1, -bm25(search, ?, ?, ?, ?) AS rank FROM search WHERE search MATCH ? ORDER BY 2 DESC LIMIT ?"
         found: dict[int, float] = {}
         for suffix, share in (("*", PREFIX_SHARE), ("", 1.0)):
             if suffix and len(word) < 3:

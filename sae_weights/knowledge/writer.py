@@ -143,8 +143,8 @@ class KnowledgeWriter:
         db.execute(STATEMENTS["search"])
         rows = db.execute(f'SELECT {COLUMNS}, facts FROM feature ORDER BY "index"')
         features = (unpack(row, self.n_features, self._dictionary) for row in rows)
-        entries = ((f.index + 1, f.label or "", _words(f), _promoted(f)) for f in features)
-        db.executemany("INSERT INTO search(rowid, label, words, promoted) VALUES (?, ?, ?, ?)", entries)
+        entries = ((f.index + 1, f.label or "", _words(f), _promoted(f), _around(f)) for f in features)
+        db.executemany("INSERT INTO search(rowid, label, words, promoted, around) VALUES (?, ?, ?, ?, ?)", entries)
         db.execute("INSERT INTO search(search) VALUES ('optimize')")
 
     def close(self) -> None:
@@ -180,9 +180,13 @@ class KnowledgeWriter:
 
 
 def _words(feature: Feature) -> str:
-    """What a feature fires on, for the search index: its words and topics, and the strongest contexts around their peaks."""
-    peaks = ("".join(c.tokens[max(0, c.peak - 1) : c.peak + 2]) for c in feature.contexts[:5])
-    return "\n".join((*feature.words, *feature.topics, *peaks))
+    """What a feature fires on: its words and topics, and its contexts' peaks."""
+    return "\n".join((*feature.words, *feature.topics, *(c.tokens[c.peak] for c in feature.contexts)))
+
+
+def _around(feature: Feature) -> str:
+    """The strongest contexts next to their peaks."""
+    return "\n".join("".join(c.tokens[max(0, c.peak - 1) : c.peak + 2]) for c in feature.contexts[:4])
 
 
 def _promoted(feature: Feature) -> str:

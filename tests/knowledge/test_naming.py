@@ -49,6 +49,10 @@ CASES = {
         evidence(words=uses(*((w, 0.02) for w in ("fork", "French", "Fame", "fun", "fill", "fender")))),
         '"f-": fork, French, Fame',
     ),
+    "words of one beginning, of which one rules": (
+        evidence(words=uses(("fork", 0.3), *((w, 0.02) for w in ("French", "Fame", "fun", "fill", "fender")))),
+        "fork",
+    ),
     "a diffuse feature whose heaviest word is common": (
         evidence(
             words=(*uses(("tree", 0.019), ("flower", 0.018), ("leaf", 0.017)), *uses(("of", 0.02), corpus=0.015)),
