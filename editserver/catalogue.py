@@ -19,6 +19,7 @@ from interventions.wording import choices, nearest, show
 from sae_weights.catalogue import BUNDLED_FOLDER, bundled, resolve
 from sae_weights.errors import SAEFormatError
 from sae_weights.formats.saelens import load_sae
+from sae_weights.knowledge.words import token_text
 from sae_weights.sae import SAE
 
 FULL_ENCODE_DEFAULT = 32_768
@@ -152,15 +153,6 @@ class ServedCatalogue:
         if text is None:
             text = self._token_text[token_id] = token_text(self.tokenizer, token_id)
         return text
-
-
-def token_text(tokenizer: Any, token_id: int) -> str:
-    """Text of one token. SentencePiece tokenizers drop the leading space when they decode; it is put back."""
-    text = str(tokenizer.decode([token_id]))
-    piece = tokenizer.convert_ids_to_tokens([token_id])[0]
-    if isinstance(piece, bytes):
-        return text
-    return f" {text}" if piece is not None and piece.startswith("▁") and not text.startswith(" ") else text
 
 
 def build_catalogue(

@@ -67,26 +67,7 @@ class FeatureKnowledge:
         shown = self._listed(feature or Feature(index))
         if feature is None:
             return shown | dict.fromkeys(DETAILS)
-        labels = self.labels
-        return shown | {
-            "label_source": feature.label_source,
-            "mean_activation": feature.mean_activation,
-            "contexts": [
-                {
-                    "tokens": list(context.tokens),
-                    "activations": list(context.activations),
-                    "peak": context.peak,
-                    "source": context.source,
-                }
-                for context in feature.contexts
-            ],
-            "promoted": [{"token": token, "weight": weight} for token, weight in feature.promoted],
-            "suppressed": [{"token": token, "weight": weight} for token, weight in feature.suppressed],
-            "neighbours": [
-                {"index": near, "label": labels.get(near), "cosine": cosine} for near, cosine in feature.neighbours
-            ],
-            "quantiles": dict(feature.quantiles),
-        }
+        return shown | feature.details(self.labels)
 
     def search(self, query: str | None, limit: int) -> list[dict[str, Any]]:
         """The first ``limit`` features; with ``query``, those that its words find, best first, with a score in (0, 1]."""

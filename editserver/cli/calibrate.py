@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from editserver.cli.remote import DEFAULT_URL, ApiKey, Json, Url, connected, fail, print_json, read_texts
+from editserver.cli.remote import DEFAULT_URL, ApiKey, Json, Url, connected, fail, print_json, read_texts, working
 
 console = Console()
 
@@ -64,7 +64,7 @@ def calibrate(
     prompts = read_texts(prompt, "--prompt")
     if chat:
         prompts = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in prompts]
-    with connected(url, api_key) as client:
+    with connected(url, api_key) as client, working(f"measuring {len(prompts)} prompts at up to 20 strengths"):
         found = client.calibrate_strength(edit, prompts, target_kl=target_kl)
     if as_json:
         print_json(found.model_dump())

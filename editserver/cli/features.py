@@ -13,7 +13,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from editserver.cli.remote import DEFAULT_URL, ApiKey, Json, MaybeUrl, Url, connected, fail, print_json, read_texts
+from editserver.cli.remote import (
+    DEFAULT_URL,
+    ApiKey,
+    Json,
+    MaybeUrl,
+    Url,
+    connected,
+    fail,
+    print_json,
+    read_texts,
+    working,
+)
 from interventions.wording import choices, nearest
 
 app = typer.Typer(help="Features: search, show, contrast.", no_args_is_help=True, rich_markup_mode="rich")
@@ -87,23 +98,8 @@ class Files:
             if not 0 <= index < store.n_features:
                 fail(f"no feature {index}; {sae} has 0..{store.n_features - 1}")
             feature, labels = store.feature(index), store.labels()
-        return _item(feature) | {
-            "label_source": feature.label_source,
-            "mean_activation": feature.mean_activation,
-            "quantiles": dict(feature.quantiles),
-            "contexts": [
-                {
-                    "tokens": list(context.tokens),
-                    "activations": list(context.activations),
-                    "peak": context.peak,
-                    "source": context.source,
-                }
-                for context in feature.contexts
-            ],
-            "promoted": [{"token": token, "weight": weight} for token, weight in feature.promoted],
-            "suppressed": [{"token": token, "weight": weight} for token, weight in feature.suppressed],
-            "neighbours": [{"index": i, "label": labels.get(i), "cosine": cosine} for i, cosine in feature.neighbours],
-        }
+        card: dict[str, Any] = _item(feature) | feature.details(labels)
+        return card
 
     def ids(self) -> list[str]:
         from sae_weights.catalogue import bundled
@@ -218,7 +214,7 @@ def contrast(
 ) -> None:
     """Rank the features that separate positive from negative texts, measured on a running server."""
     texts = read_texts(positive, "--positive"), read_texts(negative, "--negative")
-    with connected(url, api_key) as client:
+    with connected(url, api_key) as client, working(f"reading {len(texts[0]) + len(texts[1])} texts"):
         # The server knows which pools there are and says so.
         answer = client.contrast(sae, *texts, limit=limit, pool=pool, max_density=max_density)  # type: ignore[arg-type]
     if as_json:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.status import Status
 
 if TYPE_CHECKING:
     from editserver_client import Client
@@ -46,6 +47,11 @@ def connected(url: str, api_key: str | None) -> Iterator[Client]:
         fail(f"{error}; is the server running? Start one with: editserver serve demo")
     except (EditserverError, ValueError) as error:
         fail(str(error))
+
+
+def working(message: str) -> Status:
+    """A context manager: a spinner on stderr while the server works."""
+    return _errors.status(message)
 
 
 def print_json(value: Any) -> None:

@@ -93,12 +93,17 @@ def train(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Your own text: .txt, or .jsonl with 'text' or 'messages'. Repeatable. Default: free corpora."
+            exists=True,
+            dir_okay=False,
+            help="Your own text: .txt, or .jsonl with 'text' or 'messages'. Repeatable. Default: free corpora.",
         ),
     ] = None,
     conversations: Annotated[int, typer.Option(help="Chats that the model answers for training text.")] = 1500,
     chats: Annotated[
-        Path | None, typer.Option(help="Conversations already answered, JSON lines (tools/answer_chats.py).")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Conversations already answered, JSON lines (tools/answer_chats.py)."
+        ),
     ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Keep no activations on disk; one more pass per layer.")
@@ -174,8 +179,8 @@ def train(
                 log=log,
                 device=device,
             )
-        except ValueError as error:
-            console.print(f"[red]{error}[/red]")
+        except (ValueError, RuntimeError, OSError) as error:
+            console.print(f"editserver: {error}", style="red", markup=False, soft_wrap=True)
             raise typer.Exit(2) from error
     for folder, figures in zip(folders, results, strict=True):
         console.print(quality(f"{folder}: dead latents {100 * figures['dead']:.2f} %", figures["held_out"]))

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from interventions.fitting.pairs import Passage
-from interventions.fitting.pooling import Pool, Reader, layers_path
+from interventions.fitting.pooling import Pool, Reader
 from interventions.fitting.vectors import LayerFit
 from interventions.selectors import GENERATED, LAST_PROMPT_TOKEN, union
+from sae_weights.training.activations import decoder_layers
 
 STEERED = union([LAST_PROMPT_TOKEN, GENERATED], include_bos=False)
 """The tokens that are steered: ``["last_prompt_token", "generated"]`` of a request."""
@@ -141,7 +142,7 @@ class Answerer:
     def __init__(self, model: Any, layer: int, vector: Tensor, stop_token_ids: Sequence[int] = ()) -> None:
         """``vector`` is v, ``[d_model]``; generation ends after one of ``stop_token_ids``, which is left out."""
         self.model = model.eval()
-        self._module = model.get_submodule(layers_path(model))[layer]
+        self._module = decoder_layers(model)[layer]
         self._vector = vector.float().to(model.device)
         self._stop = frozenset(stop_token_ids)
 

@@ -16,39 +16,21 @@ from torch import Tensor
 
 from interventions.fitting.pairs import Encoded, PairsError, Passage
 from interventions.wording import show
+from sae_weights.training.activations import OUTLIER, decoder_layers
 
 Pool = Literal["last", "mean"]
 
-OUTLIER = 10.0
-"""Tokens whose norm exceeds this multiple of the layer's median do not count."""
 BATCH_TOKENS = 4096
 """Tokens of one forward pass, padding included."""
 CALIBRATION = 64
 """Texts from which the median norm is taken."""
 
 
-def layers_path(model: Any) -> str:
-    """Path of the list of decoder layers below ``model``: ``model.layers`` for Llama and its like.
-
-    Raises:
-        ValueError: no list of modules as long as the model has layers.
-    """
-    n_layers = int(model.config.get_text_config().num_hidden_layers)
-    lists: list[str] = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers
-    ]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of {n_layers} decoder layers")
-    return min(lists, key=lambda name: (name.count("."), name))
-
-
 @contextmanager
 def residuals(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """While open, every forward pass leaves ``resid_post`` of ``layers`` here: layer → ``[batch, tokens, d_model]``."""
     seen: dict[int, Tensor] = {}
-    modules = model.get_submodule(layers_path(model))
+    modules = decoder_layers(model)
 
     def note(layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 BEFORE, AFTER = 10, 5
 """Tokens of a context before and after its peak."""
@@ -61,6 +62,28 @@ class Feature:
     neighbours: tuple[tuple[int, float], ...] = ()
     words: tuple[str, ...] = ()
     topics: tuple[str, ...] = ()
+
+    def details(self, labels: Mapping[int, str]) -> dict[str, Any]:
+        """What one feature alone shows beyond a list's fields, in plain types; ``labels`` name its neighbours."""
+        return {
+            "label_source": self.label_source,
+            "mean_activation": self.mean_activation,
+            "contexts": [
+                {
+                    "tokens": list(context.tokens),
+                    "activations": list(context.activations),
+                    "peak": context.peak,
+                    "source": context.source,
+                }
+                for context in self.contexts
+            ],
+            "promoted": [{"token": token, "weight": weight} for token, weight in self.promoted],
+            "suppressed": [{"token": token, "weight": weight} for token, weight in self.suppressed],
+            "neighbours": [
+                {"index": near, "label": labels.get(near), "cosine": cosine} for near, cosine in self.neighbours
+            ],
+            "quantiles": dict(self.quantiles),
+        }
 
 
 def shorten(label: str, longest: int = MAX_LABEL) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 
 from sae_weights.training import chats, corpus
 from sae_weights.training.activations import windows
+from sae_weights.training.own_files import read_file
 
-from .facts import KnowledgeError
 from .measurement import Passage
 
 SHARES = {"brown": 0.4, "wordnet": 0.1, "factbook": 0.1, "python": 0.1, "chat": 0.3}
@@ -71,18 +70,16 @@ def bundled_texts(
 
 
 def own_texts(paths: Sequence[Path], tokenizer: Any, tokens: int) -> Texts:
-    """The user's own files, in their order, up to ``tokens`` tokens in all.
-
-    ``.jsonl`` holds an object with ``text`` or ``messages``, or a list of messages, per line; anything else is plain text.
+    """The user's own files (:func:`read_file`), in their order, up to ``tokens`` tokens in all.
 
     Raises:
-        KnowledgeError: a line that is none of these, with file and number.
+        ValueError: a line that cannot be read, with file and number.
     """
     numbers = itertools.count()
     part = (
         passage
         for path in paths
-        for text, whole in _read(path, tokenizer)
+        for text, whole in read_file(path, tokenizer)
         for passage in _passages(text, path.name, tokenizer, numbers, whole)
     )
     sources = [{"name": path.name, "package": "", "licence": "", "note": "a file of the user's own"} for path in paths]
@@ -114,33 +111,3 @@ def _capped(passages: Iterable[Passage], tokens: int) -> Iterator[Passage]:
 def _conversations(path: Path, tokenizer: Any) -> Iterator[str]:
     for messages in chats.read(path):
         yield tokenizer.apply_chat_template(messages, tokenize=False)
-
-
-def _read(path: Path, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is a conversation)."""
-    try:
-        if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8"), False
-            return
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _line(line, f"{path}:{number}", tokenizer)
-    except UnicodeDecodeError as error:
-        raise KnowledgeError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def _line(line: str, where: str, tokenizer: Any) -> tuple[str, bool]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise KnowledgeError(f"{where}: not JSON ({error})") from None
-    messages = row.get("messages") if isinstance(row, dict) else row
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return row["text"], False
-    if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False), True
-        except Exception as error:  # a template is a program of the model's author and raises what it likes
-            raise KnowledgeError(f"{where}: the tokenizer's chat template refuses it ({error})") from None
-    raise KnowledgeError(f'{where}: expected an object with "text" or "messages", or a list of messages')

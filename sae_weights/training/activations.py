@@ -47,24 +47,31 @@ class Activations:
     dropped: int
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of decoder layers of a ``transformers`` causal LM.
+def layers_path(model: Any) -> str:
+    """Path of the list of decoder layers below a ``transformers`` causal LM: ``model.layers`` for Llama and its like.
+
+    It is the list with one module per hidden layer that lies least deep.
 
     Raises:
-        ValueError: the model holds no single list with one module per hidden layer.
+        ValueError: there is none, or several at the same depth.
     """
-    text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    wanted = text_config.num_hidden_layers
-    found = [
-        module
+    wanted = model.config.get_text_config().num_hidden_layers
+    lists: list[tuple[int, str]] = [
+        (name.count("."), name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "h", "blocks")
+        if isinstance(module, nn.ModuleList) and len(module) == wanted
     ]
-    lists = [module for module in found if len(module) == wanted]
-    if len(lists) != 1:
-        lengths = [len(module) for module in found]
-        raise ValueError(f"{type(model).__name__}: found lists of {lengths} layers; expected one of {wanted}")
-    return lists[0]
+    nearest = [name for depth, name in lists if depth == min(lists)[0]]
+    if len(nearest) != 1:
+        have = " and ".join(nearest) or "none"
+        raise ValueError(f"{type(model).__name__}: expected one list of {wanted} decoder layers, found {have}")
+    return nearest[0]
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list at :func:`layers_path`."""
+    found: nn.ModuleList = model.get_submodule(layers_path(model))
+    return found
 
 
 class Truncated:

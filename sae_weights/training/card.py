@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_weights.training.corpus import SOURCES
+from sae_weights.training.corpus import CHAT, SOURCES
 
 OBJECTIVES = {
     "batchtopk": "BatchTopK with k = {k}, saved as JumpReLU",
@@ -26,12 +26,16 @@ def text(name: str, figures: dict[str, Any]) -> str:
     recipe, held_out = figures["recipe"], figures["held_out"]
     rows = "\n".join(_row(kind, held_out[kind]) for kind in sorted(held_out, key=_prose_and_chat_first))
     distinct = sum(figures["distinct_tokens"].values())
-    sources = "\n".join(f"* {s.name}: {s.package}. {s.licence}. {s.note}." for s in SOURCES)
+    used = [s for s in SOURCES if s.name != CHAT.name or CHAT.name in figures["distinct_tokens"]]
+    sources = "\n".join(f"* {s.name}: {s.package}. {s.licence}. {s.note}." for s in used)
+    # Whose the weights are depends on the model and the text; only of the bundled ones is it ours to say.
+    bundled = figures["built_in_text"] and figures["model"] == "smollm2-135m-instruct"
+    licence = " Licence of the weights: Apache-2.0." if bundled else ""
     return f"""# {name}
 
 A sparse autoencoder on `resid_post` of decoder layer {figures["layer"]} (0-based) of {figures["model"]}:
 {recipe["n_features"]} latents, {OBJECTIVES[recipe["objective"]].format(k=recipe["k"])}, in SAELens' folder layout
-(bf16, unit decoder rows: an activation is a length in the residual stream). Licence of the weights: Apache-2.0.
+(bf16, unit decoder rows: an activation is a length in the residual stream).{licence}
 
 Made by `{figures["options"]}`.
 

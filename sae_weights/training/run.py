@@ -66,11 +66,14 @@ def texts(tokenizer: Any, model: Callable[[], Any], plan: Plan, work: Path, repo
         sources = {"text": text}
         shares = {"text": 1.0}
     else:
+        # A base model has no template to hold conversations in: it is trained on the other text alone.
+        chatty = getattr(tokenizer, "chat_template", None) is not None
         path = plan.chats or work / "chats.jsonl"
-        if plan.chats is None and sum(1 for _ in chats.read(path)) < plan.conversations:
+        if chatty and plan.chats is None and sum(1 for _ in chats.read(path)) < plan.conversations:
             asked = chats.prompts(*corpus.topics(work), plan.conversations, seed=0)
             chats.generate(model(), tokenizer, asked, path, report=lambda done, n, _s: report("answering", done, n))
-        sources = bundled_sources(tokenizer, list(chats.read(path)), work, lambda stage: report(stage, 1, 1))
+        conversations = list(chats.read(path)) if chatty else []
+        sources = bundled_sources(tokenizer, conversations, work, lambda stage: report(stage, 1, 1))
         shares = SHARES
     for name, text in sources.items():
         text.cap(int(plan.distinct * shares[name]))

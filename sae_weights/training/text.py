@@ -16,6 +16,7 @@ from typing import Any
 
 from sae_weights.training import chats, corpus
 from sae_weights.training.activations import windows
+from sae_weights.training.own_files import read_file
 
 HELD_OUT = 0.04
 """Share of the documents of every source that is never trained on."""
@@ -58,7 +59,7 @@ def held_out(key: str, share: float = HELD_OUT) -> bool:
 def bundled_sources(
     tokenizer: Any, conversations: Sequence[list[chats.Message]], cache: Path, report: Callable[[str], None]
 ) -> dict[str, Text]:
-    """Prose, dictionary glosses, country profiles, code and conversations (see :mod:`.corpus` for their licences)."""
+    """Prose, glosses, country profiles, code and, if there are any, conversations (licences: :mod:`.corpus`)."""
     prose = list(corpus.brown(cache))
     sources = {}
     for name, documents in (
@@ -69,8 +70,9 @@ def bundled_sources(
     ):
         report(f"tokenising {name}")
         sources[name] = running_text((d.text for d in documents), tokenizer)
-    report("tokenising chat")
-    sources["chat"] = chat_text(conversations, prose, tokenizer)
+    if conversations:
+        report("tokenising chat")
+        sources["chat"] = chat_text(conversations, prose, tokenizer)
     return sources
 
 
@@ -113,44 +115,25 @@ def chat_text(conversations: Iterable[list[chats.Message]], prose: Sequence[corp
 
 
 def own_text(paths: Sequence[Path], tokenizer: Any) -> Text:
-    """The user's own files: ``.jsonl`` with a ``text`` or ``messages`` field per line, anything else is plain text.
+    """The user's own files (:func:`read_file`).
 
     Raises:
-        ValueError: a line that is neither, with file and number.
+        ValueError: a line that cannot be read, with file and number.
     """
     text = Text()
     for path in paths:
-        if path.suffix != ".jsonl":
-            found = running_text([path.read_text(encoding="utf-8")], tokenizer)
+        for content, conversation in read_file(path, tokenizer):
+            if conversation:
+                _add_chat(text, content, content, tokenizer)
+                continue
+            found = running_text([content], tokenizer)
             text.train += found.train
             text.held_out += found.held_out
-            continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            row = _row(line, path, number)
-            if "messages" in row:
-                shown = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-                _add_chat(text, json.dumps(row["messages"][:2]), shown, tokenizer)
-            else:
-                found = running_text([row["text"]], tokenizer)
-                text.train += found.train
-                text.held_out += found.held_out
     _shuffle(text)
     if not text.held_out and len(text.train) > 1:  # one long document: its last windows are the held-out ones
         held = max(1, int(HELD_OUT * len(text.train)))
         text.train, text.held_out = text.train[:-held], text.train[-held:]
     return text
-
-
-def _row(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-    if isinstance(row, list):
-        row = {"messages": row}
-    if isinstance(row, dict) and (isinstance(row.get("text"), str) or isinstance(row.get("messages"), list)):
-        return row
-    raise ValueError(f'{path}:{number}: expected an object with "text" or "messages"')
 
 
 def _add_chat(text: Text, key: str, shown: str, tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from editserver.cli.sae import app
 from sae_weights import load_sae
-from sae_weights.training.corpus import PYTHON, python_sources
+from sae_weights.training.corpus import python_sources
 from sae_weights.training.trainer import State
 
 runner = CliRunner()
@@ -20,7 +20,6 @@ def text(tmp_path_factory):
     """A few source files of the standard library, one document a line."""
     path = tmp_path_factory.mktemp("text") / "own.jsonl"
     files = [d.text[:6000] for d, _ in zip(python_sources(longest=12_000), range(30), strict=False)]
-    assert PYTHON.licence
     path.write_text("\n".join(json.dumps({"text": f}) for f in files))
     return path
 
@@ -47,6 +46,7 @@ def test_two_layers_from_one_pass_each_with_its_card(text, tmp_path):
         assert card["curve"][-1]["tokens"] == card["training_tokens"]
         readme = (folder / "README.md").read_text()
         assert "The user's own files." in readme
+        assert "Licence" not in readme
         assert "--layer 2 --layer 4 --features 96 --k 8" in readme
     assert "tokens/s" in done.output
     assert "min left" in done.output
@@ -86,6 +86,16 @@ def test_options_that_make_no_sense_are_refused(options, message, text, tmp_path
     done = train(text, tmp_path / "out", tmp_path / "work", *options)
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("option", ["--text", "--chats"])
+def test_a_file_that_is_not_there_is_named(option, text, tmp_path):
+    done = train(text, tmp_path / "out", tmp_path / "work", option, str(tmp_path / "missing.jsonl"))
+    assert done.exit_code == 2
+    shown = "".join(done.output.replace("│", "").split())
+    assert option in shown
+    assert "missing.jsonl" in shown
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_layer_that_the_model_lacks_is_refused(text, tmp_path):

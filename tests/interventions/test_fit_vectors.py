@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from editserver.demo.model import ensure_demo_model
 from interventions.fitting.pairs import Examples, PairsError, Passage, read_pairs, read_texts
-from interventions.fitting.pooling import Reader, layers_path
+from interventions.fitting.pooling import Reader
 from interventions.fitting.vectors import (
     FitError,
     best,
@@ -23,6 +23,7 @@ from interventions.fitting.vectors import (
     principal_direction,
     split,
 )
+from sae_weights.training.activations import layers_path
 
 PAIRS = Path(__file__).parents[2] / "examples" / "pairs"
 D = 64

@@ -7,7 +7,16 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sae_weights.training import activations
-from sae_weights.training.activations import OUTLIER, Truncated, batches, cached, collect, decoder_layers, windows
+from sae_weights.training.activations import (
+    OUTLIER,
+    Truncated,
+    batches,
+    cached,
+    collect,
+    decoder_layers,
+    layers_path,
+    windows,
+)
 
 
 def tiny_model():
@@ -66,6 +75,26 @@ def test_a_layer_outside_the_model_is_refused():
 def test_layers_are_found_in_other_model_families():
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=3, n_head=2)
     assert len(decoder_layers(GPT2LMHeadModel(config))) == 3
+
+
+class Nested(torch.nn.Module):
+    """``lists``: name of a module list → its length; the model has three layers."""
+
+    def __init__(self, **lists):
+        super().__init__()
+        self.config = LlamaConfig(num_hidden_layers=3)
+        for name, length in lists.items():
+            setattr(self, name, torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(length)))
+
+
+def test_lists_inside_the_layers_are_not_taken_for_them_and_twins_are_refused():
+    model = Nested(layers=3)
+    model.layers[0] = Nested(experts=3)
+    assert layers_path(model) == "layers"
+    with pytest.raises(ValueError, match="expected one list of 3 decoder layers, found text and vision"):
+        layers_path(Nested(text=3, vision=3))
+    with pytest.raises(ValueError, match="expected one list of 3 decoder layers, found none"):
+        layers_path(Nested(layers=4))
 
 
 def test_batching_and_padding_change_no_row():

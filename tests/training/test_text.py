@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from sae_weights.training.corpus import Document
+from sae_weights.training.run import Plan, texts
 from sae_weights.training.text import HELD_OUT, WINDOWS, Text, chat_text, held_out, own_text, running_text
 
 
@@ -112,3 +113,13 @@ def test_a_line_that_is_no_text_is_named(tmp_path, line):
     path.write_text('{"text": "fine"}\n' + line)
     with pytest.raises(ValueError, match=r"a\.jsonl:2: "):
         own_text([path], Words())
+
+
+def test_a_model_without_a_chat_template_is_trained_on_the_other_text(tmp_path, monkeypatch):
+    made = [Document("brown", document(f"d{i}", 100)) for i in range(60)]
+    for name in ("brown", "wordnet", "factbook"):
+        monkeypatch.setattr(f"sae_weights.training.corpus.{name}", lambda cache: iter(made))
+    monkeypatch.setattr("sae_weights.training.corpus.python_sources", lambda: iter(made))
+    plan = Plan(layers=(1,), tokens=100, chats=None)
+    found = texts(Words(), lambda: pytest.fail("the model was asked to chat"), plan, tmp_path, lambda *_: None)
+    assert set(found) == {"prose", "glosses", "factbook", "code"}
