@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,14 @@ import numpy.typing as npt
 from editserver.engine.config import EngineConfig, SAESource
 from editserver.library import VectorLibrary
 from editserver.settings import Settings
+from interventions.catalogue import how_to_edit, needs_full_encode
 from interventions.errors import InterventionError
 from interventions.limits import Limits
 from interventions.wording import choices, nearest, show
-from sae_weights.catalogue import BUNDLED_FOLDER, bundled, resolve
+from sae_weights.architectures import ARCHITECTURES
+from sae_weights.catalogue import resolve
 from sae_weights.errors import SAEFormatError
-from sae_weights.formats.saelens import load_sae
+from sae_weights.formats import Origin
 from sae_weights.knowledge.words import token_text
 from sae_weights.sae import SAE
 
@@ -35,34 +36,101 @@ class OpenedSAE:
     """A dictionary as named on the command line: ``[NAME=]SOURCE``."""
 
     id: str
-    path: Path
     layer: int
     sae: SAE
 
+    @property
+    def origin(self) -> Origin:
+        """What opens it in another process."""
+        assert self.sae.origin is not None, "an SAE that was loaded knows from where"
+        return self.sae.origin
+
     def source(self) -> SAESource:
         """What every process of the server is told."""
-        return SAESource(self.id, str(self.path), self.sae.digest, self.layer)
+        return SAESource(self.id, self.origin.as_dict(), self.sae.digest, self.layer)
+
+    def approximate(self) -> OpenedSAE:
+        """The stand-in whose calibrated threshold takes the place of the membership rule.
+
+        Raises:
+            CatalogueError: no threshold stands in for this dictionary, or nobody calibrated one.
+        """
+        if self.sae.row_separable:
+            raise CatalogueError(
+                f"--approximate {self.id}: its latents are edited exactly, row by row ({self.sae.architecture} SAE)"
+            )
+        if not ARCHITECTURES[self.sae.architecture].thresholdable:
+            raise CatalogueError(
+                f"--approximate {self.id}: no threshold can stand in for what a {self.sae.architecture} SAE computes; "
+                f"--full-encode {self.id} edits it exactly"
+            )
+        theta = self.sae.metadata.get("calibrated_threshold")
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+            raise CatalogueError(
+                f"--approximate {self.id}: {self.origin.path} has no calibrated threshold; "
+                f"measure one with: editserver sae calibrate {self.origin.path}"
+            )
+        try:
+            sae = replace(self.origin, hints=replace(self.origin.hints, threshold=float(theta))).open()
+        except SAEFormatError as error:
+            raise CatalogueError(f"--approximate {self.id}: {error}") from error
+        return replace(self, sae=sae)
 
 
 def open_sae(source: str) -> OpenedSAE:
     """Open ``[NAME=]SOURCE``.
 
     Raises:
-        CatalogueError: no such SAE, a damaged one, or one whose hook has no edit site (named in the message).
+        CatalogueError: no such SAE, a damaged one, or one that no server can edit (the message names its hook).
     """
     try:
         name, sae = resolve(source)
     except SAEFormatError as error:
         raise CatalogueError(f"--sae {source}: {error}") from error
+    if sae.refusal is not None:
+        raise CatalogueError(f"--sae {source}: {sae.refusal}")
     layer = sae.hook.edit_layer
-    if layer is None:
+    assert layer is not None
+    return OpenedSAE(name, layer, sae)
+
+
+def approximated(opened: Sequence[OpenedSAE], chosen: Sequence[str]) -> list[OpenedSAE]:
+    """``opened``, those of ``--approximate`` replaced by their stand-ins.
+
+    Raises:
+        CatalogueError: an id that no ``--sae`` has, or one without a stand-in.
+    """
+    _check_named("--approximate", opened, chosen)
+    return [one.approximate() if one.id in chosen else one for one in opened]
+
+
+def check_fit(opened: Sequence[OpenedSAE], d_model: int, n_layers: int) -> None:
+    """Refuse dictionaries of another model.
+
+    Raises:
+        CatalogueError: of another width, or behind a layer that the model does not have.
+    """
+    for one in opened:
+        _check_width(one.id, one.sae, d_model)
+        if not one.layer < n_layers:
+            raise CatalogueError(
+                f"SAE {one.id} ({one.origin.path}) belongs to {one.sae.hook}; the model has the layers 0..{n_layers - 1}"
+            )
+
+
+def _check_width(name: str, sae: SAE, d_model: int) -> None:
+    if sae.d_model != d_model:
+        path = "" if sae.origin is None else f" ({sae.origin.path})"
         raise CatalogueError(
-            f"--sae {source}: trained on {sae.hook}, a hook that is not served; "
-            "served are resid_post(L), and resid_pre(L) for L > 0"
+            f"SAE {name}{path} has d_model {sae.d_model}, the model has {d_model}: it is another model's"
         )
-    place = source.removeprefix(f"{name}=")
-    path = BUNDLED_FOLDER / place if place in bundled() else Path(place).expanduser().resolve()
-    return OpenedSAE(name, path, layer, sae)
+
+
+def _check_named(flag: str, opened: Sequence[OpenedSAE], chosen: Sequence[str]) -> None:
+    ids = [one.id for one in opened]
+    for name in chosen:
+        if name not in ids:
+            raise CatalogueError(f"{flag} {name}: no such SAE here; served are {choices(ids)}.{nearest(name, ids)}")
 
 
 def full_encode_ids(opened: Sequence[OpenedSAE], chosen: Sequence[str]) -> tuple[str, ...]:
@@ -75,14 +143,8 @@ def full_encode_ids(opened: Sequence[OpenedSAE], chosen: Sequence[str]) -> tuple
         if len(chosen) > 1:
             raise CatalogueError("--full-encode none does not go with --full-encode ID")
         return ()
-    ids = [one.id for one in opened]
-    for name in chosen:
-        if name not in ids:
-            raise CatalogueError(
-                f"--full-encode {name}: no such SAE here; served are {choices(ids)}.{nearest(name, ids)}"
-            )
-    small = [one.id for one in opened if one.sae.n_features <= FULL_ENCODE_DEFAULT]
-    return tuple(one for one in ids if one in chosen or one in small)
+    _check_named("--full-encode", opened, chosen)
+    return tuple(one.id for one in opened if one.id in chosen or one.sae.n_features <= FULL_ENCODE_DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -97,11 +159,11 @@ class ServedSAE:
     @property
     def editable(self) -> bool:
         """Whether its latents can be edited: row by row, or with the full-encode path."""
-        return self.sae.row_separable or self.full_encode
+        return self.full_encode or not needs_full_encode(self.sae)
 
     def as_dict(self) -> dict[str, Any]:
         """The contract's SAE object."""
-        return {
+        shown = {
             "id": self.id,
             "object": "sae",
             "layer": self.layer,
@@ -112,7 +174,14 @@ class ServedSAE:
             "digest": self.sae.digest,
             "editable": self.editable,
             "top_k": self.full_encode,
+            "execution": "dictionary" if needs_full_encode(self.sae) else "row",
+            "approximate": self.sae.approximates is not None,
         }
+        if self.sae.approximates is not None:
+            shown["approximates"] = self.sae.approximates
+        if not self.editable:
+            shown["reason"] = how_to_edit(self)
+        return shown
 
 
 @dataclass
@@ -165,11 +234,11 @@ def build_catalogue(
     """
     served: dict[str, ServedSAE] = {}
     for source in config.saes:
-        sae = load_sae(source.path)
-        if sae.digest != source.digest:
-            raise CatalogueError(f"SAE {source.id}: {source.path} changed while the server was starting")
-        if sae.d_model != d_model:
-            raise CatalogueError(f"SAE {source.id} has d_model {sae.d_model}, the model has {d_model}")
+        try:
+            sae = source.open()
+        except ValueError as error:
+            raise CatalogueError(str(error)) from error
+        _check_width(source.id, sae, d_model)
         served[source.id] = ServedSAE(source.id, source.layer, sae, source.id in config.full_encode)
     return ServedCatalogue(
         d_model=d_model,

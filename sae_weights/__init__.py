@@ -11,17 +11,21 @@ from __future__ import annotations
 from .catalogue import bundled, resolve
 from .errors import SAEFormatError
 from .folding import Folding
-from .formats.saelens import load_sae, save_saelens
+from .formats import FORMATS, Hints, Origin, load_sae, save_native, save_saelens
 from .sae import SAE, FeatureRows, Hook
 
 __all__ = [
+    "FORMATS",
     "SAE",
     "FeatureRows",
     "Folding",
+    "Hints",
     "Hook",
+    "Origin",
     "SAEFormatError",
     "bundled",
     "load_sae",
     "resolve",
+    "save_native",
     "save_saelens",
 ]

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from .errors import SAEFormatError
-from .formats.saelens import CONFIG_FILE, load_sae
+from .formats import load_sae
+from .formats.saelens import CONFIG_FILE
 from .sae import SAE
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -21,14 +21,31 @@ class RowSource(Protocol):
         """What error messages call it: the file, or "tensors in memory"."""
 
     @property
-    def d_model(self) -> int: ...
+    def d_model(self) -> int:
+        """Values that the encoder reads per token, d_in."""
+
+    @property
+    def d_out(self) -> int:
+        """Values that the decoder writes per token."""
 
     @property
     def n_features(self) -> int: ...
 
     @property
     def b_dec(self) -> Tensor:
-        """[d]"""
+        """[d_out]"""
+
+    @property
+    def extras(self) -> Mapping[str, Tensor]:
+        """Tensors that belong to no feature: W_skip [d_out, d_in] …"""
+
+    @property
+    def gate_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name → shape without the first dimension, of the gate's tensors: () for a vector [n]."""
+
+    @property
+    def recorded_digest(self) -> str | None:
+        """The canonical digest, where the file carries it (``editserver sae import`` writes it)."""
 
     def read(self, rows: Rows) -> Block:
         """Those rows and no others. Raises SAEFormatError if the file changed since it was opened."""
@@ -41,16 +58,44 @@ class MemoryRows:
     """A ``RowSource`` over tensors already in memory."""
 
     label = "tensors in memory"
+    recorded_digest: str | None = None
 
-    def __init__(self, block: Block, b_dec: Tensor) -> None:
+    def __init__(self, block: Block, b_dec: Tensor, extras: Mapping[str, Tensor] | None = None) -> None:
         self._block = block
         self.b_dec = b_dec
+        self.extras: Mapping[str, Tensor] = dict(extras or {})
         self.n_features, self.d_model = block.W_enc.shape
+        self.d_out = block.W_dec.shape[1]
+        self.gate_shapes = {name: tuple(tensor.shape[1:]) for name, tensor in block.gate.items()}
 
     def read(self, rows: Rows) -> Block:
         index = rows if isinstance(rows, slice) else list(rows)
         block = self._block
-        return Block(block.W_enc[index], block.W_dec[index], {name: v[index] for name, v in block.gate.items()})
+        W_enc = block.W_enc[index]
+        W_dec = W_enc if block.W_dec is block.W_enc else block.W_dec[index]
+        return Block(W_enc, W_dec, {name: v[index] for name, v in block.gate.items()})
 
     def release(self) -> None:
         pass
+
+
+class FirstRows:
+    """The first n rows of another source: a prefix of a Matryoshka dictionary."""
+
+    recorded_digest: str | None = None
+
+    def __init__(self, source: RowSource, n: int) -> None:
+        self._source = source
+        self.n_features = n
+        self.label = source.label
+        self.d_model, self.d_out = source.d_model, source.d_out
+        self.b_dec, self.extras, self.gate_shapes = source.b_dec, source.extras, source.gate_shapes
+
+    def read(self, rows: Rows) -> Block:
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.n_features)
+            return self._source.read(slice(start, stop))
+        return self._source.read(rows)
+
+    def release(self) -> None:
+        self._source.release()

@@ -12,3 +12,5 @@ class BatchTopK(JumpReLU):
     """
 
     name = "batchtopk"
+    title = "BatchTopK"
+    reference = "Bussmann et al. 2024, arXiv:2412.06410"

@@ -13,6 +13,8 @@ class Gated(Architecture):
 
     name = "gated"
     kind = "gated"
+    title = "Gated"
+    reference = "Rajamanoharan et al. 2024, arXiv:2404.16014"
     gate_tensors = ("b_gate", "b_mag", "r_mag")
 
     def shift_input(self, gate: Gate, projection: Tensor) -> dict[str, Tensor]:

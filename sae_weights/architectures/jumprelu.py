@@ -10,4 +10,6 @@ class JumpReLU(BiasOnly):
 
     name = "jumprelu"
     kind = "jumprelu"
+    title = "JumpReLU"
+    reference = "Rajamanoharan et al. 2024, arXiv:2407.14435"
     gate_tensors = ("b_enc", "threshold")

@@ -10,4 +10,6 @@ class ReLU(BiasOnly):
 
     name = "relu"
     kind = "relu"
+    title = "ReLU (standard)"
+    reference = "Bricken et al. 2023, Towards Monosemanticity"
     gate_tensors = ("b_enc",)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .base import BiasOnly
+from .base import Gate, Members, Whole
 
 
 def topk_members(pre: Tensor, k: int) -> Tensor:
@@ -17,22 +16,31 @@ def topk_members(pre: Tensor, k: int) -> Tensor:
     above = pre > boundary
     tied = pre == boundary
     room = k - above.sum(dim=-1, keepdim=True)
-    return above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= room))
+    # int64 sums: an index never overflows them, and integers add up alike on every device.
+    return above | (tied & (tied.cumsum(dim=-1) <= room))
 
 
-class TopK(BiasOnly):
+class TopK(Members):
     """f = relu(p) for the k largest p of a token, 0 for the others; a member with p ≤ 0 is 0 as well.
 
-    Not row-separable: membership needs every pre-activation of the dictionary.
+    With ``rank_scale`` m [n] the k largest p_j · m_j survive, and keep the value p_j (llamascopium ranks by
+    p_j · ‖d_j‖). Not row-separable: membership needs every pre-activation of the dictionary.
     """
 
     name = "topk"
     kind = "topk"
-    gate_tensors = ("b_enc",)
-    row_separable = False
+    title = "TopK"
+    reference = "Gao et al. 2024, arXiv:2406.04093"
+    optional_gate = ("rank_scale",)
     needs_k = True
+    thresholdable = True
 
-    def members(self, pre: Tensor, k: int | None) -> Tensor | None:
-        if k is None:
+    def scale_rows(self, gate: Gate, scale: Tensor) -> dict[str, Tensor]:
+        scaled = super().scale_rows(gate, scale)
+        return scaled | {"rank_scale": gate["rank_scale"] / scale} if "rank_scale" in gate else scaled
+
+    def members(self, pre: Tensor, whole: Whole) -> Tensor:
+        if whole.k is None:
             raise ValueError("a TopK dictionary needs k")
-        return topk_members(pre, k)
+        ranked = pre * whole.gate["rank_scale"] if "rank_scale" in whole.gate else pre
+        return topk_members(ranked, whole.k)

@@ -24,7 +24,9 @@ from sae_weights.input_norm import InputNorm
 from sae_weights.sae import SAE
 from sae_weights.source import Rows
 
-from .saelens_config import SCALED_INPUT, SAELensConfig, read_config, read_json_object, scale_field
+from .base import Format, Hints
+from .json_object import read_json_object
+from .saelens_config import SCALED_INPUT, SAELensConfig, read_config, scale_field
 from .tensor_file import TensorFile
 
 CONFIG_FILE = "cfg.json"
@@ -39,20 +41,24 @@ _WRITTEN_NAMES = {"relu": "standard", "batchtopk": "jumprelu"}
 _TRANSPOSE_BYTES = 256 << 20
 
 
-def load_sae(path: str | Path, *, norm_scaling_factor: float | None = None) -> SAE:
-    """Open a SAELens folder as a canonical SAE; reads headers and vectors, no matrix.
+class SAELens(Format):
+    """See the module."""
 
-    ``norm_scaling_factor``: the constant that scaled the inputs in training, needed (here, in editserver.json or in
-    activation_scaler.json) where the config says ``expected_average_only_in``; it is folded into the weights.
+    name = "saelens"
+    title = "SAELens"
+    files = f"{CONFIG_FILE} + {WEIGHTS_FILE}"
+    reference = "github.com/decoderesearch/SAELens 6.54"
+    architectures = ("relu", "jumprelu", "gated", "topk", "batchtopk")
 
-    Raises SAEFormatError naming the file and the field. Architectures: standard, jumprelu, gated, topk, and
-    the training checkpoints batchtopk and matryoshka_batchtopk.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise SAEFormatError(
-            f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; expected a SAELens folder"
-        )
+    def recognises(self, path: Path) -> bool:
+        # The last one asked: half a checkpoint is taken for one, so that the error names what is missing.
+        return (path / CONFIG_FILE).is_file() or (path / WEIGHTS_FILE).exists()
+
+    def open(self, path: Path, hints: Hints) -> SAE:
+        return _open(path, hints.norm_scaling_factor)
+
+
+def _open(folder: Path, norm_scaling_factor: float | None) -> SAE:
     config = read_config(folder / CONFIG_FILE)
     sidecar_path = folder / SIDECAR_FILE
     sidecar = read_json_object(sidecar_path) if sidecar_path.exists() else {}
@@ -80,6 +86,8 @@ def load_sae(path: str | Path, *, norm_scaling_factor: float | None = None) -> S
 class SAELensRows:
     """Rows of a SAELens weights file. W_dec rows are contiguous on disk; W_enc is (d, n), so its rows are columns."""
 
+    recorded_digest: str | None = None
+
     def __init__(self, file: TensorFile, config: SAELensConfig) -> None:
         self._file = file
         self.label = str(file.path)
@@ -100,6 +108,9 @@ class SAELensRows:
                 self._gate[name] = file.tensor(name)
         self._refuse_others(file, names, config)
         self.b_dec = file.tensor("b_dec")
+        self.d_out = d
+        self.extras: dict[str, Tensor] = {}
+        self.gate_shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self._gate, ())
         self._transposed: Tensor | None = None
 
     def read(self, rows: Rows) -> Block:

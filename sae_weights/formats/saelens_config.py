@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any, get_args
 from sae_weights.errors import SAEFormatError
 from sae_weights.hook import Hook, parse_hook_name
 from sae_weights.input_norm import InputNorm
+
+from .json_object import read_json_object
 
 # SAELens' names → ours. The last two are training checkpoints; SAELens saves their inference form as jumprelu.
 ARCHITECTURE_NAMES = {
@@ -59,25 +60,6 @@ class SAELensConfig:
     k: int | None
     hook: Hook
     metadata: dict[str, Any]
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; SAEFormatError names the file and the place otherwise."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SAEFormatError(
-            f"{path}: no such file; a SAELens folder holds cfg.json and sae_weights.safetensors"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise SAEFormatError(f"{path}: not UTF-8 text ({error})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise SAEFormatError(f"{path}: not JSON ({error})") from error
-    except OSError as error:
-        raise SAEFormatError(f"{path}: cannot be read ({error.strerror})") from error
-    if not isinstance(content, dict):
-        raise SAEFormatError(f"{path}: holds {_kind(content)}; expected a JSON object")
-    return content
 
 
 def read_config(path: Path) -> SAELensConfig:
@@ -212,12 +194,6 @@ def _hook(path: Path, metadata: Mapping[str, Any]) -> Hook:
         told = " and ".join(f"metadata.{name} {value!r}" for name, value in given.items())
         raise SAEFormatError(f"{path}: {told} are different places; expected the same one")
     return next(iter(found.values()))
-
-
-def _kind(value: Any) -> str:
-    return {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}.get(
-        type(value), "null"
-    )
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_weights.errors import SAEFormatError
+
+from .loaded import stamp
+from .tensors import require
 
 # safetensors' floating dtypes: integers of their width, for numpy (which lacks bfloat16), and torch's dtype.
 _STORED_AS: dict[str, tuple[type, torch.dtype]] = {
@@ -35,12 +37,13 @@ class TensorFile:
         self.path = path
         self._map: mmap.mmap | None = None
         try:
-            self._stamp = _stamp(path)
+            self._stamp = stamp(path)
             file: Any = cast(Any, safe_open)(path, framework="pt")
             names = list(file.keys())
             self._slices: dict[str, Any] = {name: file.get_slice(name) for name in names}
             self.shapes: dict[str, list[int]] = {name: list(s.get_shape()) for name, s in self._slices.items()}
             self.dtypes: dict[str, str] = {name: str(s.get_dtype()) for name, s in self._slices.items()}
+            self.metadata: dict[str, str] = dict(file.metadata() or {})
         except FileNotFoundError:
             raise SAEFormatError(f"{path}: no such file") from None
         except IsADirectoryError:
@@ -49,18 +52,8 @@ class TensorFile:
             raise SAEFormatError(f"{path}: not a readable safetensors file ({error})") from error
 
     def require(self, name: str, *shapes: list[int]) -> None:
-        """Raise SAEFormatError unless the tensor is there, floating point and of one of these shapes."""
-        wanted = " or ".join(map(str, shapes))
-        if name not in self.shapes:
-            raise SAEFormatError(
-                f"{self.path}: no tensor {name!r}; expected one of shape {wanted}. It holds {sorted(self.shapes)}"
-            )
-        if self.shapes[name] not in shapes:
-            raise SAEFormatError(f"{self.path}: tensor {name!r} has shape {self.shapes[name]}; expected {wanted}")
-        if self.dtypes[name] not in _STORED_AS:
-            raise SAEFormatError(
-                f"{self.path}: tensor {name!r} has dtype {self.dtypes[name]}; expected {', '.join(_STORED_AS)}"
-            )
+        """Raise SAEFormatError unless the tensor is there, floating point and, if shapes are given, of one of them."""
+        require(self, name, shapes)
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor in its storage dtype."""
@@ -104,13 +97,8 @@ class TensorFile:
 
     def _refuse_change(self) -> None:
         try:
-            unchanged = _stamp(self.path) == self._stamp
+            unchanged = stamp(self.path) == self._stamp
         except OSError:
             unchanged = False
         if not unchanged:
             raise SAEFormatError(f"{self.path}: changed on disk since it was opened; open the SAE again")
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sae_weights.formats.saelens import load_sae, save_saelens
+from sae_weights.formats import load_sae, save_saelens
 from sae_weights.training import chats, corpus
 from sae_weights.training.activations import Activations, Truncated, cached, collect
 from sae_weights.training.card import write_card

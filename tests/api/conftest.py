@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 
-from sae_weights.formats.saelens import load_sae, save_saelens
+from sae_weights.formats import load_sae, save_saelens
 from sae_weights.hook import Hook
 from sae_weights.knowledge import FILE, Context, Feature, KnowledgeStore
 from sae_weights.sae import SAE

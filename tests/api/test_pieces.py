@@ -196,7 +196,7 @@ def test_an_output_without_a_complete_record_fails_the_request(record: Journal |
 
 
 def test_a_handshake_that_proves_too_little_stops_the_start() -> None:
-    config = EngineConfig(armed=(10, 15), saes=(SAESource("a", "/a", "d" * 64, 15),))
+    config = EngineConfig(armed=(10, 15), saes=(SAESource("a", {"path": "/a"}, "d" * 64, 15),))
     good = {"version": config.version, "ok": True, "armed": [10, 15], "saes": ["d" * 64], "error": None}
     check_handshake(config, [good, good])
     bad: list[list[Any]] = [[], [None], [good, good | {"ok": False}], [good | {"version": "0"}]]

@@ -106,13 +106,13 @@ def good(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "relux"}, "architecture: 'relux'; expected one of batchtopk, gated, jumprelu, relu, topk"),
+        ({"architecture": "relux"}, "architecture: 'relux'; .*batchtopk.*relu.*topk"),
         ({"W_enc": torch.zeros(4)}, r"W_enc: shape \[4\]; expected \[n_features, d_model\]"),
-        ({"W_dec": torch.zeros(3, 4)}, r"W_dec: shape \[3, 4\]; expected \[4, 3\]"),
+        ({"W_dec": torch.zeros(3, 4)}, r"W_enc: shape \[4, 3\]; expected \[3, .any.\]"),
         ({"b_dec": torch.zeros(4)}, r"b_dec: shape \[4\]; expected \[3\]"),
         ({"gate": {"b_enc": torch.zeros(3)}}, r"b_enc: shape \[3\]; expected \[4\]"),
-        ({"gate": {}}, r"gate: \[\]; expected \['b_enc'\]"),
-        ({"architecture": "gated"}, r"gate: \['b_enc'\]; expected \['b_gate', 'b_mag', 'r_mag'\]"),
+        ({"gate": {}}, r"gate: \[\]; architecture .* also needs \['b_enc'\]"),
+        ({"architecture": "gated"}, r"gate: \['b_enc'\]; .* also needs \['b_gate', 'b_mag', 'r_mag'\]"),
         ({"input_norm": "rms"}, "input_norm: 'rms'; expected one of none, constant_norm_rescale, layer_norm"),
         ({"architecture": "topk"}, "k: None; architecture 'topk' takes one"),
         ({"k": 2}, "k: 2; architecture 'relu' takes none"),

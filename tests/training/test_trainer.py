@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sae_weights.formats.saelens import load_sae, save_saelens
+from sae_weights.formats import load_sae, save_saelens
 from sae_weights.training.evaluate import reconstruction
 from sae_weights.training.trainer import Recipe, Shuffled, State, Trainer, train
 

@@ -1,0 +1,52 @@
+"""numpy archives (.npz), read with ``allow_pickle=False``: arrays of numbers and nothing else."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_weights.errors import SAEFormatError
+
+from .loaded import LoadedTensors
+
+
+class NpzFile(LoadedTensors):
+    """Names, shapes and tensors of an .npz archive, read whole (an archive member cannot be mapped)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, _read(path))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        raise SAEFormatError(f"{path}: is a folder; expected an .npz file")
+    tensors: dict[str, Tensor] = {}
+    name = ""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise SAEFormatError(f"{path}: a single array; expected an .npz archive")
+            for name in archive.files:
+                tensors[name] = torch.from_numpy(np.ascontiguousarray(archive[name]))
+    except SAEFormatError:
+        raise
+    except FileNotFoundError:
+        raise SAEFormatError(f"{path}: no such file") from None
+    except MemoryError as error:
+        raise SAEFormatError(f"{path}: array {name!r} asks for more memory than there is") from error
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, SyntaxError, OverflowError) as error:
+        raise SAEFormatError(_message(path, name, error)) from error
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, AttributeError, UnicodeDecodeError) as error:
+        raise SAEFormatError(_message(path, name, error)) from error
+    return tensors
+
+
+def _message(path: Path, name: str, error: Exception) -> str:
+    where = f" at array {name!r}" if name else ""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{path}: not a readable .npz file{where} ({reason[:200]})"
