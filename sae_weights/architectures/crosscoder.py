@@ -31,6 +31,7 @@ class Crosscoder(BiasOnly):
     execution = "dictionary"
     gate_tensors = ("b_enc", "head_norm")
     optional_gate = ("threshold",)
+    gate_matrices = ("head_norm",)
     settings = {"k": 0}  # noqa: RUF012
     additive = False
 

@@ -28,6 +28,7 @@ class GLU(BiasOnly):
     execution = "dictionary"
     gate_tensors = ("b_enc", "W_glu", "b_glu")
     optional_gate = ("threshold", "rank_scale")
+    gate_matrices = ("W_glu",)
     settings = {"k": 0}  # noqa: RUF012
 
     def shift_input(self, gate: Gate, projection: Tensor) -> dict[str, Tensor]:

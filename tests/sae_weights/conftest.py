@@ -11,6 +11,7 @@ from sae_weights import SAE, Folding, Hook
 from sae_weights.architectures import ARCHITECTURES
 
 RESID_POST_3 = Hook("resid_post", 3)
+RANK = 3  # of polynomial decoders
 MakeSAE = Callable[..., SAE]
 
 
@@ -25,19 +26,22 @@ def make_sae() -> MakeSAE:
         hook: Hook = RESID_POST_3,
         **more,
     ) -> SAE:
+        form = ARCHITECTURES[architecture]
         g = torch.Generator().manual_seed(seed)
-        gate = {name: torch.randn(n, generator=g) * 0.3 for name in ARCHITECTURES[architecture].gate_tensors}
-        if "threshold" in gate:
-            gate["threshold"] = gate["threshold"].abs()
-        if architecture == "topk":
+        wide = {"W_glu": (n, d), "head_norm": (n, 1), "U1": (n, RANK), "C1": (d, RANK)}
+        gate = {name: torch.randn(wide.get(name, n), generator=g) * 0.3 for name in form.gate_tensors}
+        gate |= {name: gate[name].abs() for name in ("threshold", "head_norm") if name in gate}
+        extras = {name: torch.randn(wide[name], generator=g) for name in form.extra_tensors}
+        if form.needs_k:
             more.setdefault("k", 4)
         return SAE.from_tensors(
             architecture=architecture,
             hook=hook,
-            W_enc=torch.randn(n, d, generator=g),
+            W_enc=None if form.tied else torch.randn(n, d, generator=g),
             W_dec=torch.randn(n, d, generator=g),
             b_dec=torch.randn(d, generator=g),
             gate=gate,
+            extras=extras,
             folding=more.pop("folding", Folding()),
             **more,
         )

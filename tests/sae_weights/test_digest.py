@@ -19,6 +19,8 @@ def rebuilt(sae, **changes):
         "W_dec": sae.W_dec.clone(),
         "b_dec": sae.b_dec.clone(),
         "gate": {name: vector.clone() for name, vector in sae.gate.items()},
+        "extras": {name: tensor.clone() for name, tensor in sae.extras.items()},
+        "settings": dict(sae.settings),
         "input_norm": sae.input_norm,
         "k": sae.k,
         "metadata": dict(sae.metadata),
@@ -33,7 +35,7 @@ def nudged(tensor):
     return changed
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", [name for name, form in ARCHITECTURES.items() if form.execution != "sequence"])
 def test_one_number_one_bit_apart_changes_the_digest(make_sae, architecture):
     sae = make_sae(architecture)
     assert rebuilt(sae).digest == sae.digest

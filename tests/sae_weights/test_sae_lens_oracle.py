@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from sae_weights import load_sae, save_saelens
-from sae_weights.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 ORACLE = Path(os.environ.get("EDITSERVER_ORACLE_PYTHON", ROOT / ".venv-oracle" / "bin" / "python"))
@@ -41,7 +40,7 @@ TRAINED = [
 ]
 OURS = [
     f"{name}.{norm}.{dtype}"
-    for name in sorted(ARCHITECTURES)
+    for name in ("relu", "jumprelu", "gated", "topk", "batchtopk")
     for norm in ("none", "constant_norm_rescale", "layer_norm")
     for dtype in ("float32", "bfloat16")
 ]

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae_weights import Folding, Hook, SAEFormatError, load_sae, save_saelens
-from sae_weights.architectures import ARCHITECTURES
 from sae_weights.formats.tensor_file import TensorFile
 
 
@@ -35,7 +34,7 @@ def tensors(n=16, d=6, **more):
     return {name: tensor for name, tensor in (base | more).items() if tensor is not None}
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated", "topk", "batchtopk"])
 @pytest.mark.parametrize("input_norm", ["none", "constant_norm_rescale", "layer_norm"])
 def test_what_is_written_is_read_back_bit_for_bit(make_sae, tmp_path, architecture, input_norm):
     sae = make_sae(architecture, input_norm=input_norm, metadata={"model_name": "tiny", "median_norm": 170.5})

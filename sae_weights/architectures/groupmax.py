@@ -1,0 +1,32 @@
+"""GroupMax SAE: one latent per group survives. EleutherAI sparsify 1.3, ``activation="groupmax"``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_weights.errors import SAEFormatError
+
+from .base import Members, Whole
+from .largest import first_largest
+
+
+class GroupMax(Members):
+    """The n features are k consecutive groups of n / k; f = relu(p) for the largest p of each group, 0 for the others.
+
+    A token has at most k active latents: a group whose largest p is not positive has none. Equal values: the lower
+    index wins. Raises SAEFormatError where k does not divide n.
+    """
+
+    name = "groupmax"
+    kind = "groupmax"
+    title = "GroupMax"
+    reference = "EleutherAI sparsify 1.3.3, fused_encoder.py"
+    needs_k = True
+
+    def members(self, pre: Tensor, whole: Whole) -> Tensor:
+        n = pre.shape[-1]
+        if whole.k is None or n % whole.k:
+            raise SAEFormatError(f"k: {whole.k}; a GroupMax dictionary of {n} features needs a divisor of {n}")
+        groups = pre.unflatten(-1, (whole.k, -1))
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, first_largest(groups), True).flatten(-2)
