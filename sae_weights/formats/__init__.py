@@ -10,11 +10,17 @@ from sae_weights.errors import SAEFormatError
 from sae_weights.sae import SAE
 
 from .base import Format, Hints, Origin
+from .circuit_tracer import CircuitTracer
+from .clt import CLT
+from .llamascopium import Llamascopium
 from .native import Native, save_native
 from .saelens import SAELens, save_saelens
 
 FORMATS: tuple[Format, ...] = (
     Native(),
+    Llamascopium(),
+    CircuitTracer(),
+    CLT(),
     SAELens(),
 )
 """In the order in which they are asked whether a path is theirs; SAELens, whose test is the loosest, last."""
