@@ -1,19 +1,62 @@
-"""From what a person types to an SAE: ``[NAME=]SOURCE``, SOURCE a folder or the id of a bundled dictionary."""
+"""From what a person types to an SAE: ``[NAME=]SOURCE``.
+
+SOURCE is, in this order: a path (written as one: ``./``, ``../``, ``/``, ``~``), the id of a bundled dictionary, an id
+``release/sae_id`` of the registry, a folder or file that exists, a place on the Hub (``hf://org/repo/path``; without
+``hf://`` where nothing else can be meant). Registry ids and Hub places take ``@revision``.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .errors import SAEFormatError
-from .formats import load_sae
+from .formats import Hints, load_sae
 from .formats.saelens import CONFIG_FILE
+from .hub import Fetched, fetch
+from .hub_path import SCHEME, HubPath
+from .registry import Entry, registry
 from .sae import SAE
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a dictionary is, before it is opened.
+
+    Attributes:
+        name: what it is called: NAME, else the id as typed without ``@revision``, else the path's last part.
+        path: the folder or file, on this machine by now.
+        hints: what the registry knows about it.
+        entry, fetched: its registry entry and its download, where it has them.
+    """
+
+    name: str
+    path: Path
+    hints: Hints = field(default_factory=Hints)
+    entry: Entry | None = None
+    fetched: Fetched | None = None
+
+    def provenance(self) -> dict[str, Any] | None:
+        """Where it was downloaded from; None for what was on this machine."""
+        if self.fetched is None:
+            return None
+        stated = self.fetched.provenance()
+        return stated if self.entry is None else {**stated, "registry": self.entry.as_dict()}
+
+    def open(self, *, format: str | None = None, hints: Hints | None = None) -> SAE:
+        """The dictionary; ``hints`` win over the registry's. Raises SAEFormatError."""
+        given = (hints or Hints()).as_dict()
+        sae = load_sae(self.path, format=format, hints=replace(self.hints, **given))
+        if (provenance := self.provenance()) is not None:
+            sae.metadata = {**sae.metadata, "provenance": provenance}
+        return sae
 
 
 def bundled() -> list[str]:
@@ -22,36 +65,95 @@ def bundled() -> list[str]:
 
 
 def resolve(source: str) -> tuple[str, SAE]:
-    """``[NAME=]SOURCE`` → (name, SAE). Without NAME, a bundled SAE is called by its id and a folder by its last part.
+    """``[NAME=]SOURCE`` → (name, SAE); ``sae.origin`` says how another process opens it, without a network.
 
-    A folder that exists wins over a bundled id only when written as a path (``./``, ``../``, ``/``, ``~``). Raises
-    SAEFormatError, with the nearest bundled ids, if SOURCE is neither.
+    Raises SAEFormatError, with the nearest ids, if SOURCE names nothing or cannot be opened.
     """
-    name, separator, rest = source.partition("=")
-    if not separator:
-        name, rest = "", source
-    # A path may hold "=" itself: then what stands before it is no name.
-    elif not _NAME.fullmatch(name):
-        if Path(source).expanduser().is_dir():
-            name, rest = "", source
-        else:
-            raise SAEFormatError(
-                f"{source!r}: {name!r} is no name; expected letters, digits, '.', '_', '-', '/' before '='"
-            )
+    found = locate(source)
+    return found.name, found.open()
+
+
+def locate(source: str) -> Located:
+    """``[NAME=]SOURCE`` → where it is; downloads it if it is on the Hub and not in the cache yet.
+
+    Raises SAEFormatError, with the nearest ids, if SOURCE names nothing.
+    """
+    name, rest = _split(source)
+    ids = bundled()
     if not rest:
         raise SAEFormatError(
             f"{source!r}: names no SAE; expected [NAME=]SOURCE with a folder or one of {_listed(bundled())}"
         )
-    ids = bundled()
-    written_as_path = rest.startswith((".", "/", "~"))
-    if rest in ids and not written_as_path:
-        return name or rest, load_sae(BUNDLED_FOLDER / rest)
-    folder = Path(rest).expanduser()
-    if folder.exists():
-        return name or folder.resolve().name, load_sae(folder)
+    if rest.startswith(SCHEME):
+        where = HubPath.parse(rest)
+        return _on_hub(name or _id(rest.removeprefix(SCHEME)), where, _entry_at(where))
+    if not rest.startswith((".", "/", "~")):
+        if rest in ids:
+            return Located(name or rest, BUNDLED_FOLDER / rest)
+        place, _, revision = rest.partition("@")
+        entry = registry().get(place)
+        if entry is not None:
+            return _on_hub(name or place, HubPath(entry.repo, entry.hub_path, revision or None), entry)
+    path = Path(rest).expanduser()
+    if path.exists():
+        # "." has no name of its own; a link is called as it is written, not as what it points to.
+        return Located(name or path.name or path.resolve().name, path)
+    if (where_else := _unmistakably_hub(rest)) is not None:
+        return _on_hub(name or _id(rest), where_else, _entry_at(where_else))
+    raise SAEFormatError(f"{rest!r}: {_nowhere(rest, ids)}")
+
+
+def _split(source: str) -> tuple[str, str]:
+    """(NAME or "", SOURCE)."""
+    name, separator, rest = source.partition("=")
+    if not separator:
+        return "", source
+    if _NAME.fullmatch(name):
+        return name, rest
+    # A path may hold "=" itself: then what stands before it is no name.
+    if source.startswith(SCHEME) or Path(source).expanduser().exists():
+        return "", source
+    raise SAEFormatError(f"{source!r}: {name!r} is no name; expected letters, digits, '.', '_', '-', '/' before '='")
+
+
+def _id(typed: str) -> str:
+    return typed.partition("@")[0].strip("/")
+
+
+def _on_hub(name: str, where: HubPath, entry: Entry | None) -> Located:
+    fetched = fetch(where)
+    return Located(name, fetched.local, entry.hints() if entry is not None else Hints(), entry, fetched)
+
+
+def _entry_at(where: HubPath) -> Entry | None:
+    """The registry's entry for a place on the Hub: it may know what the files do not say."""
+    if where.repo not in registry().repos:
+        return None
+    return next((e for e in registry() if e.repo == where.repo and e.hub_path == where.path), None)
+
+
+def _unmistakably_hub(rest: str) -> HubPath | None:
+    """A place on the Hub written without ``hf://``: a repository that the registry knows, or a path of three parts and
+    more whose first resembles no folder here and no id."""
+    try:
+        where = HubPath.parse(rest)
+    except SAEFormatError:
+        return None
+    if where.repo in registry().repos:
+        return where
+    first = rest.split("/")[0]
+    resembles = Path(first).exists() or registry().nearest(rest) or any(i.startswith(f"{first}/") for i in bundled())
+    return None if resembles or not where.path else where
+
+
+def _nowhere(rest: str, ids: list[str]) -> str:
     near = difflib.get_close_matches(rest, ids, n=3, cutoff=0.5)
-    nearest = f"nearest bundled: {_listed(near)}" if near else f"bundled: {_listed(ids)}"
-    raise SAEFormatError(f"{rest!r}: neither a folder nor a bundled SAE; {nearest}")
+    published = [] if near else registry().nearest(_id(rest))
+    if published:
+        nearest = f"nearest in the registry: {_listed(published)}"
+    else:
+        nearest = f"nearest bundled: {_listed(near)}" if near else f"bundled: {_listed(ids)}"
+    return f"neither a folder or file, nor a bundled SAE, nor an id of the registry (release/sae_id); {nearest}"
 
 
 def _listed(ids: list[str]) -> str:

@@ -47,10 +47,18 @@ def test_a_folder_is_called_by_its_last_part_unless_named(shelf, make_sae, tmp_p
     [
         (
             "smollm2-135m/l16",
-            r"'smollm2-135m/l16': neither a folder nor a bundled SAE; nearest bundled: smollm2-135m/l1",
+            r"'smollm2-135m/l16': neither a folder or file, nor a bundled SAE, .*; nearest bundled: smollm2-135m/l1",
         ),
         ("x=smolm2-135/l20", "nearest bundled: smollm2-135m/l20"),
         ("qqqq", "bundled: smollm2-135m/l15, smollm2-135m/l20"),
+        (
+            "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_70",
+            "nearest in the registry: gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_",
+        ),
+        ("gemma-scope-2b-pt-ress/layer_20/width_16k/average_l0_71", "nearest in the registry: gemma-scope-2b-pt-res/"),
+        ("hf://google", r"expected hf://org/repo/path/in/repo"),
+        ("hf://google/gemma-scope-2b-pt-res/../x", r"expected hf://org/repo/path/in/repo"),
+        ("hf://google/gemma-scope-2b-pt-res@", "no revision behind '@'"),
         ("name=", r"names no SAE; expected \[NAME=\]SOURCE"),
         ("", "names no SAE"),
         ("bad name=smollm2-135m/l15", "'bad name' is no name"),

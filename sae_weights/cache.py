@@ -1,0 +1,14 @@
+"""Where things that are made or fetched once per machine are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """``$EDITSERVER_CACHE``, else ``$XDG_CACHE_HOME/editserver``, else ``~/.cache/editserver``."""
+    if explicit := os.environ.get("EDITSERVER_CACHE"):
+        return Path(explicit).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "editserver"
