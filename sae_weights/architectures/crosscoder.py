@@ -35,6 +35,9 @@ class Crosscoder(BiasOnly):
     settings = {"k": 0}  # noqa: RUF012
     additive = False
 
+    def encode(self, x: Tensor, whole: Whole) -> Tensor:
+        return self.activate(x @ whole.W_enc.T + whole.gate["b_enc"], whole)
+
     def activate(self, pre: Tensor, whole: Whole) -> Tensor:
         return torch.relu(pre) * self._open(pre, whole).any(dim=1)
 
