@@ -74,6 +74,9 @@ def check_settings(form: Architecture, given: Mapping[str, Any], n_features: int
             near = difflib.get_close_matches(name, form.settings, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise SAEFormatError(f"settings: {name!r} is none of architecture {form.name!r}{hint}")
+        default = form.settings[name]
+        if not _same_kind(value, default):
+            raise SAEFormatError(f"settings: {name} is {value!r}; expected {type(default).__name__}, as {default!r} is")
         if isinstance(value, float) and not math.isfinite(value):
             raise SAEFormatError(f"settings: {name} is {value}; expected a finite number")
     settings = {**form.settings, **given}
@@ -84,3 +87,14 @@ def check_settings(form: Architecture, given: Mapping[str, Any], n_features: int
             raise SAEFormatError(f"settings: group_sizes {list(sizes)}; expected sizes that add up to {n_features}")
         settings["group_sizes"] = list(sizes)
     return settings
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    """Whether a setting has the type of its default; a whole number is a number, but a bool is none."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    if isinstance(default, list):
+        return isinstance(value, list | tuple)
+    return isinstance(value, type(default))

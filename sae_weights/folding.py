@@ -85,11 +85,12 @@ def fold_b_dec(b_dec: Tensor, folding: Folding) -> Tensor:
     return (b_dec.double() / folding.scale_out).float()
 
 
-def fold_extras(extras: Mapping[str, Tensor], folding: Folding) -> dict[str, Tensor]:
-    """The tensors that belong to no feature → canonical, fp32. Only W_skip depends on the scales."""
-    ratio = folding.input_scale / folding.scale_out
+def fold_extras(extras: Mapping[str, Tensor], folding: Folding, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors that belong to no feature → canonical, fp32. W_skip and ``output_extras`` depend on the scales."""
+    factors = dict.fromkeys(architecture.output_extras, 1.0 / folding.scale_out)
+    factors["W_skip"] = folding.input_scale / folding.scale_out
     return {
-        name: ((tensor.double() * ratio) if name == "W_skip" and ratio != 1.0 else tensor).float()
+        name: tensor.float() if factors.get(name, 1.0) == 1.0 else (tensor.double() * factors[name]).float()
         for name, tensor in extras.items()
     }
 

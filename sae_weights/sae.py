@@ -75,7 +75,7 @@ class SAE:
         self._folding = folding or Folding()
         self._block: Block | None = None
         self._b_dec = fold_b_dec(source.b_dec, self._folding)
-        self._extras = MappingProxyType(fold_extras(source.extras, self._folding))
+        self._extras = MappingProxyType(fold_extras(source.extras, self._folding, self._form))
         self._digest = source.recorded_digest if self._folding.trivial else None
         self.architecture = architecture
         self.d_model = source.d_model
@@ -99,6 +99,7 @@ class SAE:
             )
         if k is not None and not 1 <= k <= self.n_features:
             raise SAEFormatError(f"k: {k}; expected 1..{self.n_features} (the number of features)")
+        self._form.check(self.n_features, k, source.gate_shapes, self._extras, self.settings)
         if self.d_out != self.d_model and self.hook_out is None:
             raise SAEFormatError(
                 f"{source.label}: W_dec has width {self.d_out} and W_enc {self.d_model}; "

@@ -67,7 +67,8 @@ class Architecture(ABC):
         why_not: for sequence-wide ones, why they are refused.
         gate_tensors: the per-feature tensors that it needs; ``optional_gate``: those it may have;
             ``gate_matrices``: those among both that are [n, r], not [n].
-        extra_tensors: the other tensors that it needs (every architecture may have ``W_skip``).
+        extra_tensors: the other tensors that it needs (every architecture may have ``W_skip``); ``optional_extras``:
+            those it may have; ``output_extras``: those among both in units of the output, as the decoder is.
         needs_k: whether it has a number of latents per token.
         settings: names of its other settings, with their defaults; ``described``: those among them that say something
             about the dictionary without deciding what it computes (they stay out of the digest).
@@ -88,6 +89,7 @@ class Architecture(ABC):
     gate_matrices: ClassVar[tuple[str, ...]] = ()
     extra_tensors: ClassVar[tuple[str, ...]] = ()
     optional_extras: ClassVar[tuple[str, ...]] = ()
+    output_extras: ClassVar[tuple[str, ...]] = ()
     needs_k: ClassVar[bool] = False
     settings: ClassVar[Mapping[str, Any]] = NO_SETTINGS
     described: ClassVar[tuple[str, ...]] = ()
@@ -100,6 +102,19 @@ class Architecture(ABC):
     def row_separable(self) -> bool:
         """Whether f_j needs row j only."""
         return self.execution == "row"
+
+    def check(  # noqa: B027  most have nothing to add
+        self,
+        n_features: int,
+        k: int | None,
+        gate: Mapping[str, tuple[int, ...]],
+        extras: Mapping[str, Tensor],
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Raise SAEFormatError where parts with right names do not fit each other.
+
+        ``gate`` maps names to shapes without the first dimension, n.
+        """
 
     @abstractmethod
     def shift_input(self, gate: Gate, projection: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,6 +47,18 @@ class MatchingPursuit(BiasOnly):
     }
     tied = True
     signed = True
+
+    def check(
+        self,
+        n_features: int,
+        k: int | None,
+        gate: Mapping[str, tuple[int, ...]],
+        extras: Mapping[str, Tensor],
+        settings: Mapping[str, Any],
+    ) -> None:
+        for name in ("max_iterations", "residual_threshold"):
+            if settings.get(name, 0) < 0:
+                raise SAEFormatError(f"settings: {name} is {settings[name]}; expected at least 0")
 
     def scale_rows(self, gate: Gate, scale: Tensor) -> dict[str, Tensor]:
         raise SAEFormatError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,8 +40,37 @@ class PolySAE(BiasOnly):
     gate_matrices = ("U1", "U2", "U3")
     extra_tensors = ("C1",)
     optional_extras = ("C2", "C3")
+    output_extras = ("C1", "C2", "C3")
     settings = {"k": 0, "lambda2": 0.0, "lambda3": 0.0}  # noqa: RUF012
     additive = False
+
+    def check(
+        self,
+        n_features: int,
+        k: int | None,
+        gate: Mapping[str, tuple[int, ...]],
+        extras: Mapping[str, Tensor],
+        settings: Mapping[str, Any],
+    ) -> None:
+        if not 0 <= settings["k"] <= n_features:
+            raise SAEFormatError(f"settings: k is {settings['k']}; expected 0 (no TopK) to {n_features}")
+        shared = "U2" not in gate and "U3" not in gate
+        if "C3" in extras and "C2" not in extras:
+            raise SAEFormatError("extras: C3 without C2; expected C1, C1 and C2, or all three")
+        highest = gate["U1"][0]
+        for order in (1, 2, 3):
+            core, factor = f"C{order}", f"U{order}"
+            if core not in extras:
+                continue
+            if order > 1 and not shared and factor not in gate:
+                raise SAEFormatError(f"gate: no {factor}, which {core} multiplies; expected U1..U{order}, or U1 alone")
+            shape = list(extras[core].shape)
+            own = gate[factor][0] if factor in gate else shape[-1]
+            if shape != [extras["C1"].shape[0], own] or own > highest:
+                raise SAEFormatError(
+                    f"{core}: shape {shape}, and {factor} has rank {own}; expected [d_model, that rank], at most {highest}"
+                )
+            highest = own
 
     def scale_rows(self, gate: Gate, scale: Tensor) -> dict[str, Tensor]:
         scaled = super().scale_rows(gate, scale)
@@ -69,14 +101,10 @@ class PolySAE(BiasOnly):
         shared = "U2" not in gate and "U3" not in gate
         first = f @ gate["U1"]
         products = [first]
-        if "C3" in extras and "C2" not in extras:
-            raise SAEFormatError("extras: C3 without C2; expected C1, C1 and C2, or all three")
         factors = [first]
         for name, core in (("U2", "C2"), ("U3", "C3")):
             if core not in extras:
                 break
-            if not shared and name not in gate:
-                raise SAEFormatError(f"gate: {name} is missing; {core} needs it, or neither U2 nor U3 may be there")
             factors.append(first if shared else f @ gate[name])
             rank = extras[core].shape[1]
             product = factors[0][:, :rank]
