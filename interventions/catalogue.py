@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from interventions.limits import Limits
+from sae_weights.architectures import ARCHITECTURES
 from sae_weights.sae import SAE
 
 
@@ -71,3 +72,18 @@ class Catalogue(Protocol):
 
     def decode_token(self, token_id: int) -> str:
         """Text of one token."""
+
+
+def needs_full_encode(sae: SAE) -> bool:
+    """Whether an edit of one latent needs all of them: to know which are on, or what the decoder makes of them."""
+    return not (sae.row_separable and sae.additive)
+
+
+def how_to_edit(offered: CatalogueSAE) -> str:
+    """What to start the server with, so that the latents of this dictionary can be edited, and why."""
+    form = ARCHITECTURES[offered.sae.architecture]
+    told = f"start the server with --full-encode {offered.id} ({offered.sae.architecture} SAE): "
+    told += "which latents are on depends on the whole dictionary" if form.additive else "its decoder is not additive"
+    if form.thresholdable:
+        told += f"; or with --approximate {offered.id}, which lets one calibrated threshold decide"
+    return told

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from interventions.catalogue import Catalogue, CatalogueSAE
+from interventions.catalogue import Catalogue, CatalogueSAE, how_to_edit, needs_full_encode
 from interventions.compiled import Compiled, Entry, can_select_prompt, check_selectable
 from interventions.errors import Code, InterventionError
 from interventions.fields import Part
@@ -49,6 +49,8 @@ _LARGEST_STATE = 1e6
 """Activations and norms of the residual stream stay below this (attention sinks reach some 10,000)."""
 _LARGEST_DELTA = 1e18
 """Its square is still far inside float32."""
+_LARGEST_LATENT, _LARGEST_EDITED_LATENT = 1e4, 1e6
+"""The same for latents whose decoder multiplies up to three of them: activations, and what an edit may make of them."""
 
 _KEYWORD = {"all": ALL, "prompt": PROMPT, "generated": GENERATED, "last_prompt_token": LAST_PROMPT_TOKEN}
 
@@ -76,6 +78,7 @@ def compile_request(
         needs_full=frozenset(compiler.needs_full),
         inspects_prompt=any(can_select_prompt(read.selector) for read in reads),
         inspect_params=tuple(spec.param for spec in inspect),
+        inspect_approximate=tuple(catalogue.sae(spec.sae).sae.approximates is not None for spec in inspect),
     )
 
 
@@ -123,14 +126,16 @@ class _Compiler:
     def entry(self, i: int, spec: Intervention) -> Entry:
         """Add one intervention's instructions and say what it became."""
         selector = self.selector(spec.tokens, spec.include_bos, f"{spec.param}.tokens", "invalid_intervention")
+        approximate = False
         if isinstance(spec, Steer):
             layers, kept = self.steer(i, spec, selector)
         else:
             layers, kept = self.edit_features(i, spec, selector)
+            approximate = self.sae(spec.sae, f"{spec.param}.sae").sae.approximates is not None
         limits = self.catalogue.limits
         _limit("instructions", self.n_instructions, limits.instructions, spec.param)
         _limit("rows", len(self.named), limits.rows, spec.param)
-        return Entry(spec.id, spec.type, layers, selector, not kept, spec.param)
+        return Entry(spec.id, spec.type, layers, selector, not kept, spec.param, approximate)
 
     def steer(self, i: int, spec: Steer, selector: Selector) -> tuple[tuple[int, ...], bool]:
         source, by_layer = self.directions(spec)
@@ -159,8 +164,9 @@ class _Compiler:
     def edit_features(self, i: int, spec: EditFeatures, selector: Selector) -> tuple[tuple[int, ...], bool]:
         offered = self.sae(spec.sae, f"{spec.param}.sae")
         self.check_layer(offered.layer, f"{spec.param}.sae")
-        kind = ReadKind.LATENT if offered.sae.row_separable else ReadKind.MEMBER
-        if kind is ReadKind.MEMBER:
+        kind = ReadKind.LATENT
+        if needs_full_encode(offered.sae):
+            kind = ReadKind.MEMBER if offered.sae.additive else ReadKind.JOINT
             self.full(offered, f"{spec.param}.sae", "invalid_intervention", "to edit its latents")
         kept = False
         for j, edit in enumerate(spec.features):
@@ -230,9 +236,12 @@ class _Compiler:
 
     def full(self, offered: CatalogueSAE, param: str, code: Code, why: str) -> None:
         """Note that all latents of the SAE are needed; refuse if the engine does not compute them."""
+        sae = offered.sae
         if not offered.full_encode:
-            message = f"{why}, start the server with --full-encode {offered.id} ({offered.sae.architecture} SAE)"
-            raise InterventionError(code, f"{param}: {message}", param)
+            how = how_to_edit(offered)
+            if not needs_full_encode(sae):
+                how = f"start the server with --full-encode {offered.id} ({sae.architecture} SAE)"
+            raise InterventionError(code, f"{param}: {why}, {how}", param)
         self.needs_full.add(offered.id)
 
     def check_index(self, offered: CatalogueSAE, index: int, param: str) -> None:
@@ -309,12 +318,15 @@ class _Compiler:
             factor = _norm(np.frombuffer(self.vectors[row], "<f4"))
         elif kind is ReadKind.NORM:
             factor = _LARGEST_STATE
+        elif kind is ReadKind.JOINT:
+            reach = _LARGEST_LATENT
         else:
             reach = _LARGEST_STATE
+        bound = _LARGEST_EDITED_LATENT if kind is ReadKind.JOINT else _LARGEST_DELTA
         for op in instructions:
             reach = abs(op.alpha) * reach + abs(op.beta)
             reach = max(abs(min(max(x, op.lo), op.hi)) for x in (-reach, reach))
-            if reach * factor > _LARGEST_DELTA:
+            if reach * factor > bound:
                 message = f"the edit could be of size {reach * factor:.3g}, beyond what float32 arithmetic can carry"
                 param = f"interventions[{op.intervention}]"
                 raise InterventionError("invalid_intervention", f"{param}: {message}", param)

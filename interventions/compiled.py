@@ -21,6 +21,7 @@ class Entry:
         selector: its canonical selector.
         noop: whether nothing of it is left in the program (it was valid, and changes nothing).
         param: its place in the request.
+        approximate: whether it edits a stand-in: an SAE whose membership rule a calibrated threshold replaces.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Entry:
     selector: Selector
     noop: bool
     param: str = ""
+    approximate: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Compiled:
         needs_full: ids of the SAEs whose full encode the request uses.
         inspects_prompt: whether a read can select a prompt position (then the prefix cache must not be read).
         inspect_params: the place of each read in the request.
+        inspect_approximate: whether each read looks at a stand-in, as ``Entry.approximate``.
     """
 
     program: Program | None
@@ -52,6 +55,7 @@ class Compiled:
     needs_full: frozenset[str] = frozenset()
     inspects_prompt: bool = False
     inspect_params: tuple[str, ...] = ()
+    inspect_approximate: tuple[bool, ...] = ()
 
     def payload(self) -> Payload:
         """What the engine gets."""

@@ -78,6 +78,7 @@ def edit_layer(
     members: Callable[[str], Tensor] | None = None,
     max_dose: float = math.inf,
     refuse: bool = False,
+    effect: Callable[[str, Tensor, Tensor], Tensor] | None = None,
 ) -> LayerResult:
     """The delta of one request's program at one layer.
 
@@ -86,13 +87,20 @@ def edit_layer(
         layer: its channels.
         selected: bool ``[n_selectors, n]``, which tokens each of the program's selectors selects.
         row_of: row key → rows.
-        members: SAE digest → activations of all its latents on h, ``[n, n_features]``; for MEMBER channels.
+        members: SAE digest → activations of all its latents on h, ``[n, n_features]``; for MEMBER and JOINT channels.
         max_dose, refuse: the program's dose policy.
+        effect: SAE digest, all activations z ``[n, n_features]``, edited z' → what the change does to h, ``[n, d]``;
+            for JOINT channels.
     """
     h = h.float()
     delta = torch.zeros_like(h)
     fired = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+    joint: dict[str, list[tuple[int, Channel]]] = {}
     for channel in layer.channels:
+        if channel.read is ReadKind.JOINT:
+            digest, index = parse_feature_key(channel.row)
+            joint.setdefault(digest, []).append((index, channel))
+            continue
         row = row_of(channel.row)
         a, scale = _read(h, channel, row, members)
         x, changed = _compose(a, channel, selected)
@@ -100,6 +108,15 @@ def edit_layer(
         # Where it is zero nothing is added: an infinite row entry or scale must not turn "no change" into NaN.
         delta += torch.where((coefficient != 0)[:, None], coefficient[:, None] * row.write, 0.0)
         fired |= torch.where(coefficient != 0, changed, 0)
+    for digest, channels in joint.items():
+        if members is None or effect is None:
+            raise ValueError(f"the SAE {digest[:12]}… needs all its activations and its decoder")
+        z = members(digest).float()
+        edited = z.clone()
+        for index, channel in channels:
+            edited[:, index], changed = _compose(z[:, index], channel, selected)
+            fired |= torch.where(edited[:, index] != z[:, index], changed, 0)
+        delta += effect(digest, z, edited)
     norm, size = h.norm(dim=-1), delta.norm(dim=-1)
     dose = torch.where(size > 0, size / norm, 0.0)
     excess = dose > max_dose

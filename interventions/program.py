@@ -7,7 +7,8 @@ scalar ``a`` from ``h``, maps it through its *ops* in order, and writes the diff
     x_0    = a
     x_i    = clip(alpha_i * x_{i-1} + beta_i, lo_i, hi_i)   for the ops whose selector holds for this token
                                                             (and a != 0 where the op is only_if_active)
-    delta += c * (x_n - a) * w             # c = 1, ||h|| (NORM) or the SAE's own per-token scale (LATENT)
+    delta += c * (x_n - a) * w             # c = 1, ||h|| (NORM) or the SAE's own per-token scale (LATENT, MEMBER)
+    delta += c * (decode(z') - decode(z))  # once per SAE with JOINT channels: z' is z with their results x_n in it
 
     h' = h + delta          (delta scaled down to max_dose * ||h|| where the program clamps its dose)
 
@@ -44,6 +45,9 @@ class ReadKind(IntEnum):
     """a = the SAE's activation of one latent, from its own encoder row."""
     MEMBER = 4
     """As LATENT, but the activation depends on every latent of the dictionary (TopK): needs the full-encode path."""
+    JOINT = 5
+    """As MEMBER, and the decoder is not additive (PolySAE): the channel writes no row of its own. All JOINT channels of
+    one SAE at one layer together write decode(z') − decode(z), z' being z with every channel's result in its place."""
 
 
 class Op(msgspec.Struct, frozen=True, array_like=True):

@@ -173,6 +173,7 @@ class ReferenceExecutor:
             lambda digest: self.saes[digest].encode(h.float()),
             program.max_dose,
             program.refuse_over_dose,
+            lambda digest, z, edited: self.saes[digest].delta(h.float(), z, edited),
         )
         if bool(result.over.any()):
             token = int(result.over.nonzero()[0])

@@ -177,7 +177,7 @@ class Edit:
                 strict=True,
             )
         ]
-        return inspection(self.compiled.inspect_ids, found, self.inspect_as_list) if any(found) else None
+        return inspection(self.compiled, found, self.inspect_as_list) if any(found) else None
 
     def parts(self, choice: Choice) -> dict[str, Any]:
         """What a whole (not streamed) answer carries for ``choice``: ``interventions`` and ``inspection``."""
@@ -185,8 +185,8 @@ class Edit:
         if self.compiled.entries:
             parts["interventions"] = self.receipt(choice)
         if self.compiled.reads:
-            ids = self.compiled.inspect_ids
-            parts["inspection"] = self.new_readings(choice) or inspection(ids, [[] for _ in ids], self.inspect_as_list)
+            none: list[list[dict[str, Any]]] = [[] for _ in self.compiled.reads]
+            parts["inspection"] = self.new_readings(choice) or inspection(self.compiled, none, self.inspect_as_list)
         return parts
 
     def receipt(self, choice: Choice) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,10 +38,11 @@ class FeatureKnowledge:
     @classmethod
     def read(cls, folder: str | Path, sae: SAE) -> FeatureKnowledge:
         """Open what lies beside the weights in ``folder``; a file that cannot be used is logged and left aside."""
-        path, store = Path(folder) / FILE, None
+        folder = Path(folder)
+        path, store = (folder.parent if folder.is_file() else folder) / FILE, None
         if path.is_file():
             try:
-                store = KnowledgeStore.open(path, sae_digest=sae.digest)
+                store = KnowledgeStore.open(path, sae_digest=_known_by(sae))
             except KnowledgeError as error:
                 log.warning("features are served without labels: %s", error)
         statistics = {
@@ -97,3 +98,10 @@ class FeatureKnowledge:
             log.warning("features are served without labels from now on: %s", error)
             self.store = None
             return unknown
+
+
+def _known_by(sae: SAE) -> str:
+    """The digest that knowledge of its features names: a thresholded stand-in has those of the dictionary itself."""
+    if sae.approximates is None or sae.origin is None:
+        return sae.digest
+    return replace(sae.origin, hints=replace(sae.origin.hints, threshold=None)).open().digest

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from editserver.api.edit import Choice
     from editserver.api.state import EditState
+    from interventions.compile import Compiled
 
 
 def reading(
@@ -32,7 +33,10 @@ def _feature(index: int, activation: float, label: str | None) -> dict[str, Any]
     return shown if label is None else shown | {"label": label}
 
 
-def inspection(saes: Sequence[str], tokens: Sequence[list[dict[str, Any]]], as_list: bool) -> Any:
-    """``{"sae", "tokens"}`` per inspection: a list where the request had a list."""
-    shown = [{"sae": sae, "tokens": found} for sae, found in zip(saes, tokens, strict=True)]
+def inspection(compiled: Compiled, tokens: Sequence[list[dict[str, Any]]], as_list: bool) -> Any:
+    """``{"sae", "tokens"}`` per inspection, of stand-ins with ``"approximate"``: a list where the request had a list."""
+    shown = [
+        {"sae": sae, **({"approximate": True} if approximate else {}), "tokens": found}
+        for sae, approximate, found in zip(compiled.inspect_ids, compiled.inspect_approximate, tokens, strict=True)
+    ]
     return shown if as_list else shown[0]

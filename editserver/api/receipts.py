@@ -14,7 +14,7 @@ from interventions.compile import Compiled, Entry
 def build_receipt(
     compiled: Compiled, journal: Journal | None, fed: Sequence[int], prompt_len: int, computed_from: int
 ) -> dict[str, Any]:
-    """``{"digest", "receipt": [entry per intervention]}`` of one choice.
+    """``{"digest", "receipt": [entry per intervention]}`` of one choice; edits of stand-ins say ``"approximate"``.
 
     Args:
         compiled: the request's interventions.
@@ -40,7 +40,7 @@ def _entry(
         metrics.EDITED_TOKENS.labels(entry.type).inc(selected)
         if applied[layer]["fired"]:
             metrics.DOSE.labels(entry.type).observe(applied[layer]["dose_mean"] or 0.0)
-    tail = {"noop": True} if entry.noop else {}
+    tail = ({"approximate": True} if entry.approximate else {}) | ({"noop": True} if entry.noop else {})
     if len(applied) == 1:
         (layer, numbers), *_ = applied.items()
         return head | {"layer": layer} | numbers | tail

@@ -130,7 +130,8 @@ async def activations(request: Request, sae_id: str) -> Any:
         raise _without_prefix(error) from None
     if isinstance(answer, ErrorResponse):
         return JSONResponse(answer.model_dump(), answer.error.code)
-    return {"data": [{"index": i, "tokens": tokens} for i, tokens in enumerate(_tokens(answer))]}
+    data = {"data": [{"index": i, "tokens": tokens} for i, tokens in enumerate(_tokens(answer))]}
+    return data if sae.sae.approximates is None else data | {"approximate": True}
 
 
 async def _read_input(state: EditState, body: ActivationsBody, inspect: dict[str, Any], request: Request) -> Any:

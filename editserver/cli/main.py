@@ -69,6 +69,10 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ID|none", help="SAEs with top-k and TopK edits; default: up to 32,768 latents."),
     ] = None,
+    approximate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="TopK SAEs whose members a calibrated threshold decides. Repeatable."),
+    ] = None,
     library: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the vector library; default: in the cache folder.")
     ] = None,
@@ -99,6 +103,7 @@ def serve(
         saes=tuple(sae or ()),
         arm_layers=arm_layers,
         full_encode=tuple(full_encode or ()),
+        approximate=tuple(approximate or ()),
         library=library,
         max_dose=max_dose,
         bank_rows=bank_rows,

@@ -10,7 +10,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from editserver.catalogue import CatalogueError, OpenedSAE, full_encode_ids, open_sae
+from editserver.catalogue import (
+    CatalogueError,
+    OpenedSAE,
+    approximated,
+    check_fit,
+    full_encode_ids,
+    open_sae,
+)
 from editserver.demo.model import MODEL_NAME, DemoModelError, ensure_demo_model
 from editserver.engine.config import EngineConfig
 from editserver.engine.wire import KEY
@@ -46,6 +53,7 @@ class Options:
     saes: tuple[str, ...] = ()
     arm_layers: str | None = None
     full_encode: tuple[str, ...] = ()
+    approximate: tuple[str, ...] = ()
     library: Path | None = None
     max_dose: str | None = None
     bank_rows: int | None = None
@@ -77,7 +85,9 @@ def prepare(model: str, options: Options, vllm_flags: Sequence[str]) -> Namespac
             layers = set(DEMO_LAYERS)
     args = parse_serve_args([path, *flags])
     refuse_flags(args)
-    opened = open_saes(sources)
+    opened = open_saes(sources, options.approximate)
+    if opened and (shape := model_shape(args)) is not None:
+        _check_fit(opened, *shape)
     if options.arm_layers is not None:
         layers = parse_layers(options.arm_layers, lambda: count_layers(args))
     layers |= {one.layer for one in opened}
@@ -105,8 +115,8 @@ def demo_flags(given: Sequence[str]) -> list[str]:
     return [part for name, value in DEMO_FLAGS.items() if name not in names for part in (name, value)]
 
 
-def open_saes(sources: Iterable[str]) -> list[OpenedSAE]:
-    """Every ``--sae``; two of one name are an error."""
+def open_saes(sources: Iterable[str], approximate: Sequence[str] = ()) -> list[OpenedSAE]:
+    """Every ``--sae``, those of ``--approximate`` as their stand-ins; two of one name are an error."""
     opened: list[OpenedSAE] = []
     for source in sources:
         try:
@@ -116,7 +126,17 @@ def open_saes(sources: Iterable[str]) -> list[OpenedSAE]:
         if any(other.id == one.id for other in opened):
             raise UsageError(f"--sae {source}: the name {one.id!r} is taken; give another with --sae NAME=SOURCE")
         opened.append(one)
-    return opened
+    try:
+        return approximated(opened, approximate)
+    except CatalogueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_fit(opened: Sequence[OpenedSAE], d_model: int, n_layers: int) -> None:
+    try:
+        check_fit(opened, d_model, n_layers)
+    except CatalogueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _full_encode(opened: Sequence[OpenedSAE], chosen: Sequence[str]) -> tuple[str, ...]:
@@ -140,10 +160,23 @@ def parse_layers(text: str, n_layers: Any) -> set[int]:
 
 def count_layers(args: Namespace) -> int:
     """Decoder layers of the model, from its config."""
+    return int(_text_config(args).num_hidden_layers)
+
+
+def model_shape(args: Namespace) -> tuple[int, int] | None:
+    """Width and number of layers of the model; None where its config cannot be read, which vLLM will say better."""
+    try:
+        config = _text_config(args)
+        return int(config.hidden_size), int(config.num_hidden_layers)
+    except Exception:
+        return None
+
+
+def _text_config(args: Namespace) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    return int(config.get_text_config().num_hidden_layers)
+    return config.get_text_config()
 
 
 def build_settings(options: Options) -> Settings:

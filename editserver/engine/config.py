@@ -8,6 +8,8 @@ from typing import Any
 
 from editserver import __version__
 from editserver.engine.wire import KEY
+from sae_weights.formats import Origin
+from sae_weights.sae import SAE
 
 ENGINE_ABI = 1
 """Raise it when the traced graph changes, so that no compiled artefact of an older build is reused."""
@@ -15,12 +17,39 @@ ENGINE_ABI = 1
 
 @dataclass(frozen=True)
 class SAESource:
-    """One dictionary as every process opens it, read-only."""
+    """One dictionary as every process opens it, read-only.
+
+    Attributes:
+        id: the name that requests use.
+        origin: what opens it (``sae_weights`` ``Origin.as_dict()``): path, format, and what the caller had to say.
+        digest: of the content that must then be there.
+        layer: the decoder layer whose residual stream it reads.
+    """
 
     id: str
-    path: str
+    origin: Mapping[str, Any]
     digest: str
     layer: int
+
+    @property
+    def path(self) -> str:
+        """The file or folder."""
+        return str(self.origin["path"])
+
+    def open(self) -> SAE:
+        """The dictionary; reads headers and vectors, no matrix (nor for the digest, where the file carries it).
+
+        Raises:
+            SAEFormatError: it cannot be opened.
+            ValueError: it has another content than the server was started with.
+        """
+        sae = Origin.from_dict(self.origin).open()
+        if sae.digest != self.digest:
+            raise ValueError(
+                f"SAE {self.id} at {self.path} has digest {sae.digest[:12]}…, but the server was started with "
+                f"{self.digest[:12]}…; the files differ between processes, or changed since the start"
+            )
+        return sae
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ Semantics (``interventions.program`` has the definitions), as a plain loop over 
         for op in ops(c), in order: if selected(op, t) and (a != 0 or not op.only_if_active): x = clip(alpha*x + beta, lo, hi)
         delta[t] += scale_c(t) * (x - a) * write_c
 
+Before it, :func:`compose_joint` edits the activations of SAEs whose decoder is not additive; their delta comes as a whole.
+
 A token's result depends on nothing but its own h and its own program: batch composition, chunking and neighbours cannot
 change a bit, and prefill and decode run the same instructions in the same order, so a threshold never flips between
 them. One thread on purpose: the work is a few per mille of the model's own, and a second thread pool would fight with
@@ -26,10 +28,16 @@ from interventions.program import ReadKind
 
 F32 = npt.NDArray[np.float32]
 
-NONE, NORM, DOT, LATENT, MEMBER = (int(k) for k in ReadKind)
-PLAIN_INPUT, NORM_RESCALE, LAYER_NORM = 0, 1, 2
+NONE, NORM, DOT, LATENT, MEMBER, JOINT = (int(k) for k in ReadKind)
+PLAIN_INPUT, NORM_RESCALE, LAYER_NORM, UNIT_NORM, CENTRE = range(5)
 """How an SAE normalises its input, per token."""
-INPUT_NORMS = {"none": PLAIN_INPUT, "constant_norm_rescale": NORM_RESCALE, "layer_norm": LAYER_NORM}
+INPUT_NORMS = {
+    "none": PLAIN_INPUT,
+    "constant_norm_rescale": NORM_RESCALE,
+    "layer_norm": LAYER_NORM,
+    "unit_norm": UNIT_NORM,
+    "centre": CENTRE,
+}
 LAYER_NORM_EPS = 1e-5
 
 CLAMPED, OVER = 1, 2
@@ -59,18 +67,21 @@ def _activation(dot: np.float32, gate: F32) -> np.float32:
 def _normalise(h: F32, kind: int, out: F32) -> np.float32:
     """Write the SAE's own view of ``h`` into ``out``; return the scale that takes a delta back to the residual stream."""
     d = h.shape[0]
-    if kind == NORM_RESCALE:
+    if kind in (NORM_RESCALE, UNIT_NORM):
+        target = math.sqrt(d) if kind == NORM_RESCALE else 1.0
         norm = math.sqrt(_dot(h, h))
-        scale = np.float32(math.sqrt(d) / norm) if norm > 0 else np.float32(0.0)
+        scale = np.float32(target / norm) if norm > 0 else np.float32(0.0)
         for i in range(d):
             out[i] = h[i] * scale
-        return np.float32(norm / math.sqrt(d))
+        return np.float32(norm / target)
     mean = np.float32(0.0)
     for i in range(d):
         mean += h[i]
     mean /= np.float32(d)
     for i in range(d):
         out[i] = h[i] - mean
+    if kind == CENTRE:
+        return np.float32(1.0)
     std = np.float32(math.sqrt(_dot(out, out) / (d - 1)))
     scale = np.float32(1.0) / (std + np.float32(LAYER_NORM_EPS))
     for i in range(d):
@@ -79,11 +90,85 @@ def _normalise(h: F32, kind: int, out: F32) -> np.float32:
 
 
 @_jit
+def _compose(
+    a: np.float32,
+    bits: np.uint64,
+    first: int,
+    last: int,
+    op_values: F32,
+    op_active: npt.NDArray[np.bool_],
+    op_selector: npt.NDArray[np.int8],
+    op_intervention: npt.NDArray[np.int8],
+) -> tuple[np.float32, np.uint64]:
+    """The ops ``first … last`` on ``a``, in order, as far as ``bits`` selects them: x, and bits of who changed it."""
+    x = a
+    changed = np.uint64(0)
+    for o in range(first, last):
+        if not (bits >> np.uint64(op_selector[o])) & np.uint64(1):
+            continue
+        if op_active[o] and a == 0:
+            continue
+        new = min(max(op_values[o, 0] * x + op_values[o, 1], op_values[o, 2]), op_values[o, 3])
+        if new != x:
+            changed |= np.uint64(1) << np.uint64(op_intervention[o])
+        x = new
+    return x, changed
+
+
+@_jit
+def compose_joint(
+    tokens: npt.NDArray[np.int64],
+    token_selected: npt.NDArray[np.uint64],
+    features: npt.NDArray[np.int64],
+    channels: npt.NDArray[np.int64],
+    channel_ops: npt.NDArray[np.int32],
+    op_values: F32,
+    op_active: npt.NDArray[np.bool_],
+    op_selector: npt.NDArray[np.int8],
+    op_intervention: npt.NDArray[np.int8],
+    z: F32,
+    fired: npt.NDArray[np.uint64],
+    touched: npt.NDArray[np.bool_],
+) -> None:
+    """Edit all activations of one SAE for one request: what a non-additive decoder must see as a whole.
+
+    Args:
+        tokens: planned tokens that the rows of ``z`` belong to, ``[m]``; they index ``token_selected`` and ``fired``.
+        features, channels: the latents with JOINT channels, and where these stand in ``channel_ops``.
+        z: activations ``[m, n_features]``, edited in place.
+        fired: ORed with the bits of the interventions that changed a latent of the token.
+        touched: output ``[m]``, whether any latent of the token ends with another value than it had.
+    """
+    for r in range(tokens.shape[0]):
+        t = tokens[r]
+        touched[r] = False
+        for j in range(features.shape[0]):
+            a = z[r, features[j]]
+            c = channels[j]
+            x, changed = _compose(
+                a,
+                token_selected[t],
+                channel_ops[c],
+                channel_ops[c + 1],
+                op_values,
+                op_active,
+                op_selector,
+                op_intervention,
+            )
+            if x != a:
+                z[r, features[j]] = x
+                fired[t] |= changed
+                touched[r] = True
+
+
+@_jit
 def edit_tokens(
     h: F32,
     token_program: npt.NDArray[np.int32],
     token_selected: npt.NDArray[np.uint64],
     members: F32,
+    joint: F32,
+    joint_fired: npt.NDArray[np.uint64],
     program_channels: npt.NDArray[np.int32],
     channel_read: npt.NDArray[np.int8],
     channel_slot: npt.NDArray[np.int32],
@@ -112,6 +197,8 @@ def edit_tokens(
         token_program: which program each token runs ``[n]``; -1 for none.
         token_selected: bit s set = selector s of that program selects the token ``[n]``.
         members: activations of latents whose membership was decided elsewhere, ``[n, m]``.
+        joint, joint_fired: what the JOINT channels do to each token ``[n, d]``, and who did it ``[n]`` (0: nothing is
+            there to read); both empty when no program has any.
         program_channels: CSR ``[programs + 1]`` into the channel arrays ``[channels]``.
         channel_ops: CSR ``[channels + 1]`` into the op arrays ``[ops]``; ``op_values`` is (alpha, beta, lo, hi).
         program_dose, program_refuses: bound on ||delta||/||h||, and whether exceeding it is an error.
@@ -119,7 +206,8 @@ def edit_tokens(
         delta, fired, dose, flags, written: outputs, ``[n, d]`` and ``[n]``; fully overwritten.
     """
     n, d = h.shape
-    scratch = np.empty((3, d), np.float32)
+    views = np.empty((CENTRE + 1, d), np.float32)
+    back = np.empty(CENTRE + 1, np.float32)
     n_written = 0
     for t in range(n):
         fired[t] = 0
@@ -135,10 +223,16 @@ def edit_tokens(
         ht = h[t]
         dt = delta[t]
         norm = np.float32(-1.0)
-        back_rescale = np.float32(-1.0)
-        back_layer = np.float32(-1.0)
+        back[:] = np.float32(-1.0)
         any_write = False
+        if joint.shape[0] and joint_fired[t] != 0:
+            fired[t] = joint_fired[t]
+            dt[:] = joint[t]
+            any_write = True
         for c in range(first, last):
+            kind = channel_read[c]
+            if kind == JOINT:
+                continue
             selected = False
             for o in range(channel_ops[c], channel_ops[c + 1]):
                 if (token_selected[t] >> np.uint64(op_selector[o])) & np.uint64(1):
@@ -146,7 +240,6 @@ def edit_tokens(
                     break
             if not selected:
                 continue
-            kind = channel_read[c]
             slot = channel_slot[c]
             scale = np.float32(1.0)
             a = np.float32(0.0)
@@ -158,31 +251,26 @@ def edit_tokens(
                 a = np.float32(_dot(bank_read[slot], ht))
             elif kind >= LATENT:
                 view = ht
-                if channel_norm[c] == NORM_RESCALE:
-                    view = scratch[1]
-                    if back_rescale < 0:
-                        back_rescale = np.float32(_normalise(ht, NORM_RESCALE, view))
-                    scale = back_rescale
-                elif channel_norm[c] == LAYER_NORM:
-                    view = scratch[2]
-                    if back_layer < 0:
-                        back_layer = np.float32(_normalise(ht, LAYER_NORM, view))
-                    scale = back_layer
+                how = channel_norm[c]
+                if how != PLAIN_INPUT:
+                    view = views[how]
+                    if back[how] < 0:
+                        back[how] = _normalise(ht, how, view)
+                    scale = back[how]
                 if kind == MEMBER:
                     a = members[t, channel_member[c]]
                 else:
                     a = np.float32(_activation(_dot(bank_read[slot], view), bank_gate[slot]))
-            x = a
-            changed = np.uint64(0)
-            for o in range(channel_ops[c], channel_ops[c + 1]):
-                if not (token_selected[t] >> np.uint64(op_selector[o])) & np.uint64(1):
-                    continue
-                if op_active[o] and a == 0:
-                    continue
-                new = min(max(op_values[o, 0] * x + op_values[o, 1], op_values[o, 2]), op_values[o, 3])
-                if new != x:
-                    changed |= np.uint64(1) << np.uint64(op_intervention[o])
-                x = new
+            x, changed = _compose(
+                a,
+                token_selected[t],
+                channel_ops[c],
+                channel_ops[c + 1],
+                op_values,
+                op_active,
+                op_selector,
+                op_intervention,
+            )
             coefficient = scale * (x - a)
             if coefficient == 0:
                 continue

@@ -6,7 +6,9 @@ step. A request that comes back after preemption is still resident.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +53,25 @@ class Resident:
         return next((lp for lp in program.layers if lp.layer == layer), None) if program else None
 
 
+@dataclass(frozen=True)
+class Use:
+    """The channels of one request at one layer that need all activations of one SAE.
+
+    Attributes:
+        digest: the SAE.
+        joint: whether they are JOINT channels (else MEMBER).
+        selectors: bits of the selectors of all their ops: other tokens are none of their business.
+        features: int64 ``[m]``, the latents.
+        targets: int64 ``[m]``, MEMBER: columns of the kernel's ``members``; JOINT: channel numbers in the table.
+    """
+
+    digest: str
+    joint: bool
+    selectors: np.uint64
+    features: Array
+    targets: Array
+
+
 @dataclass
 class LayerTable:
     """All programs' channels at one layer, indexed by resident request."""
@@ -65,9 +86,10 @@ class LayerTable:
     active: Array
     selector: Array
     intervention: Array
-    member_columns: dict[int, list[tuple[str, int, int]]]
-    """Resident index → (SAE digest, feature, column) of the channels that need the full-encode path."""
+    uses: dict[int, list[Use]]
+    """Resident index → what it needs of whole dictionaries."""
     n_members: int
+    has_joint: bool
 
     @classmethod
     def build(cls, residents: Sequence[Resident], layer: int, dictionaries: Dictionaries) -> LayerTable | None:
@@ -75,9 +97,12 @@ class LayerTable:
         programs, read, slot, norm, member, op_ptr = [0], [], [], [], [], [0]
         values: list[tuple[float, float, float, float]] = []
         active, selector, intervention = [], [], []
-        columns: dict[int, list[tuple[str, int, int]]] = {}
+        uses: dict[int, list[Use]] = {}
+        n_members = 0
         for index, resident in enumerate(residents):
             lp = resident.layer(layer)
+            whole: dict[tuple[str, bool], list[tuple[int, int, int]]] = {}
+            n_columns = 0
             for channel in lp.channels if lp else ():
                 read.append(int(channel.read))
                 slot.append(resident.slots[channel.row])
@@ -85,10 +110,13 @@ class LayerTable:
                 if channel.read >= ReadKind.LATENT:
                     digest, feature = parse_feature_key(channel.row)
                     kind = dictionaries.input_norm(digest)
-                    if channel.read == ReadKind.MEMBER:
-                        mine = columns.setdefault(index, [])
-                        column = len(mine)
-                        mine.append((digest, feature, column))
+                    if channel.read >= ReadKind.MEMBER:
+                        joint = channel.read == ReadKind.JOINT
+                        if not joint:
+                            column, n_columns = n_columns, n_columns + 1
+                        bits = sum({1 << op.selector for op in channel.ops})
+                        target = len(read) - 1 if joint else column
+                        whole.setdefault((digest, joint), []).append((feature, target, bits))
                 norm.append(kind)
                 member.append(column)
                 for op in channel.ops:
@@ -98,6 +126,9 @@ class LayerTable:
                     intervention.append(op.intervention)
                 op_ptr.append(len(values))
             programs.append(len(read))
+            n_members = max(n_members, n_columns)
+            if whole:
+                uses[index] = [_use(digest, joint, channels) for (digest, joint), channels in whole.items()]
         if not read:
             return None
         return cls(
@@ -111,9 +142,16 @@ class LayerTable:
             np.array(active, np.bool_),
             np.array(selector, np.int8),
             np.array(intervention, np.int8),
-            columns,
-            max((len(c) for c in columns.values()), default=0),
+            uses,
+            n_members,
+            any(use.joint for found in uses.values() for use in found),
         )
+
+
+def _use(digest: str, joint: bool, channels: Sequence[tuple[int, int, int]]) -> Use:
+    selectors = functools.reduce(operator.or_, (bits for _, _, bits in channels))
+    features, targets = (np.array([c[i] for c in channels], np.int64) for i in (0, 1))
+    return Use(digest, joint, np.uint64(selectors), features, targets)
 
 
 @dataclass

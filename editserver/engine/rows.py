@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -23,12 +23,7 @@ class Dictionaries:
         self._saes: dict[str, sae_weights.SAE] = {}
         self._full: set[str] = set()
         for source in config.saes:
-            sae = sae_weights.load_sae(source.path)
-            if sae.digest != source.digest:
-                raise ValueError(
-                    f"SAE {source.id} at {source.path} has digest {sae.digest[:12]}…, but the server was started with "
-                    f"{source.digest[:12]}…; the files differ between processes"
-                )
+            sae = source.open()
             self._saes[sae.digest] = sae
             if source.id in config.full_encode:
                 self._full.add(sae.digest)
@@ -50,15 +45,32 @@ class Dictionaries:
         Always in products of ``FULL_ENCODE_BLOCK`` rows, the last one filled up with zeros: a BLAS may add in another
         order for another number of rows, and then a chunked prefill would not see the bits that a whole one sees.
         """
+        sae = self._whole(digest)
+        return _in_blocks(sae.encode, h)
+
+    def delta(self, digest: str, h: torch.Tensor, z: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+        """decode(edited) − decode(z), in the space of ``h [n, d]``: fp32 ``[n, d]`` of activations ``[n, n_features]``.
+
+        In blocks of rows as :meth:`full_encode`, and refused alike.
+        """
+        sae = self._whole(digest)
+        return _in_blocks(sae.delta, h, z, edited)
+
+    def _whole(self, digest: str) -> sae_weights.SAE:
         if digest not in self._full:
             raise ValueError(f"the full-encode path is off for the SAE {digest[:12]}…")
-        n = len(h)
-        padded = torch.nn.functional.pad(h, (0, 0, 0, -n % FULL_ENCODE_BLOCK))
-        return torch.cat([self[digest].encode(block) for block in padded.split(FULL_ENCODE_BLOCK)])[:n]
+        return self[digest]
 
     def input_norm(self, digest: str) -> int:
         """How the SAE normalises its input, as the kernel's code."""
         return INPUT_NORMS[self[digest].input_norm]
+
+
+def _in_blocks(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """``function`` of row-wise inputs ``[n, …]``, ``FULL_ENCODE_BLOCK`` rows at a time."""
+    n = len(inputs[0])
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, -n % FULL_ENCODE_BLOCK)).split(FULL_ENCODE_BLOCK) for x in inputs]
+    return torch.cat([function(*block) for block in zip(*padded, strict=True)])[:n]
 
 
 class RowBank:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from editserver.engine.config import EngineConfig
+from editserver.engine.full_encode import Composed, Demand, serve
 from editserver.engine.journal import NOT_SELECTED
 from editserver.engine.kernel_cpu import PLAIN_INPUT, edit_tokens, read_latents
 from editserver.engine.plan import Plan, Segment
@@ -29,9 +30,6 @@ from interventions.program import (
     vector_key,
 )
 from interventions.selectors import ALL
-
-FULL_ENCODE_CHUNK = 256
-"""Tokens that the full-encode path holds at a time: bounds its memory at chunk × n_features × 4 bytes."""
 
 Array = npt.NDArray[Any]
 
@@ -145,17 +143,22 @@ class EngineWorker:
         if residual is not None:
             stream = stream + residual[at].float()
         h = stream.to(self.dtype).float() if self.dtype != torch.float32 else stream
-        before = [(i, n, read) for i, n, read in reads if not read.after]
-        self._read(before, h)
-        edited = h
-        if table is not None:
-            edited = self._edit(layer, table, h, at, hidden, residual)
-        self._read([(i, n, read) for i, n, read in reads if read.after], edited)
+        demands = self._read([(i, n, read) for i, n, read in reads if not read.after], h)
+        if table is None:
+            serve(demands, self.dictionaries, h)
+            edited = h
+        else:
+            composed = Composed.empty(plan.n, self.d_model, table)
+            demands += composed.demands(table, plan, self.dictionaries, h)
+            serve(demands, self.dictionaries, h)
+            edited = self._edit(layer, table, composed, h, at, hidden, residual)
+        serve(self._read([(i, n, read) for i, n, read in reads if read.after], edited), self.dictionaries, edited)
 
     def _edit(
         self,
         layer: int,
         table: LayerTable,
+        composed: Composed,
         h: torch.Tensor,
         at: slice | torch.Tensor,
         hidden: torch.Tensor,
@@ -169,7 +172,9 @@ class EngineWorker:
             h.numpy(),
             self.plan.request,
             self.plan.selected,
-            self._members(table, h),
+            composed.members,
+            composed.joint,
+            composed.joint_fired,
             table.programs,
             table.read,
             table.slot,
@@ -211,33 +216,23 @@ class EngineWorker:
         after[rows] = edited.float()
         return after
 
-    def _members(self, table: LayerTable, h: torch.Tensor) -> Array:
-        """Activations that depend on a whole dictionary, ``[n, columns]``, computed per request (never across)."""
-        members = np.zeros((self.plan.n if table.n_members else 0, table.n_members), np.float32)
-        for segment in self.plan.segments:
-            for digest in dict.fromkeys(d for d, _, _ in table.member_columns.get(segment.index, ())):
-                columns = [(f, c) for d, f, c in table.member_columns[segment.index] if d == digest]
-                features = torch.tensor([f for f, _ in columns])
-                for chunk in _chunks(segment.tokens):
-                    acts = self.dictionaries.full_encode(digest, h[chunk])
-                    members[chunk, [c for _, c in columns]] = acts[:, features].numpy()
-        return members
-
-    def _read(self, reads: list[tuple[int, int, Read]], h: torch.Tensor) -> None:
-        if not reads:
-            return
-        segments = {s.index: s for s in self.plan.segments}
+    def _read(self, reads: list[tuple[int, int, Read]], h: torch.Tensor) -> list[Demand]:
+        """Read ``h [n, d]`` as far as single rows tell; what needs whole dictionaries is returned, and comes with them."""
+        demands: list[Demand] = []
+        segments = {s.index: s for s in self.plan.segments} if reads else {}
         for index, number, read in reads:
             segment = segments.get(index)
             if segment is not None:
-                self._readings[index, number] = self._reading(segment, number, read, h[segment.tokens])
+                demands += self._reading(segment, number, read, h[segment.tokens])
+        return demands
 
-    def _reading(self, segment: Segment, number: int, read: Read, h: torch.Tensor) -> Reading:
+    def _reading(self, segment: Segment, number: int, read: Read, h: torch.Tensor) -> list[Demand]:
         n = len(h)
         wanted = self.plan.selected[segment.tokens] & segment.resident.read_bit(number) != 0
         listed = np.full((n, len(read.features)), np.nan, np.float32)
         top_index = np.full((n, read.top_k), NOT_SELECTED, np.int32)
         top_value = np.zeros((n, read.top_k), np.float32)
+        self._readings[segment.index, number] = Reading(listed, top_index, top_value)
         rows = np.flatnonzero(wanted)
         sae = self.dictionaries[read.sae]
         if len(rows) and len(read.features) and sae.row_separable:
@@ -246,18 +241,19 @@ class EngineWorker:
             norm = self.dictionaries.input_norm(read.sae)
             read_latents(h.numpy()[rows], slots, norm, self.bank.read.numpy(), self.bank.gate.numpy(), values)
             listed[rows] = values
-        if len(rows) and (read.top_k or (len(read.features) and not sae.row_separable)):
-            features = torch.tensor(read.features, dtype=torch.long)
-            for start in range(0, len(rows), FULL_ENCODE_CHUNK):
-                chunk = rows[start : start + FULL_ENCODE_CHUNK]
-                acts = self.dictionaries.full_encode(read.sae, h[torch.from_numpy(chunk)])
-                if len(features) and not sae.row_separable:
-                    listed[chunk] = acts[:, features].numpy()
-                if read.top_k:
-                    best = acts.abs().topk(min(read.top_k, sae.n_features), dim=1).indices
-                    top_index[chunk, : best.shape[1]] = best.numpy()
-                    top_value[chunk, : best.shape[1]] = acts.gather(1, best).numpy()
-        return Reading(listed, top_index, top_value)
+        if not len(rows) or not (read.top_k or (len(read.features) and not sae.row_separable)):
+            return []
+        features = torch.tensor(read.features, dtype=torch.long)
+
+        def take(here: slice, acts: torch.Tensor) -> None:
+            if len(features) and not sae.row_separable:
+                listed[rows[here]] = acts[:, features].numpy()
+            if read.top_k:
+                best = acts.abs().topk(min(read.top_k, sae.n_features), dim=1).indices
+                top_index[rows[here], : best.shape[1]] = best.numpy()
+                top_value[rows[here], : best.shape[1]] = acts.gather(1, best).numpy()
+
+        return [Demand(read.sae, rows + segment.tokens.start, take)]
 
     def end_step(self) -> dict[str, StepRecord]:
         """Request id → what this step did to its tokens. Raises if an armed layer that had work did not run."""
@@ -313,10 +309,3 @@ class EngineWorker:
         out = np.empty((2, 1), np.float32)
         gate, rows = self.bank.gate.numpy(), self.bank.read.numpy()
         read_latents(hidden.float().numpy(), np.zeros(1, np.int32), PLAIN_INPUT, rows, gate, out)
-
-
-def _chunks(tokens: slice) -> list[slice]:
-    return [
-        slice(start, min(start + FULL_ENCODE_CHUNK, tokens.stop))
-        for start in range(tokens.start, tokens.stop, FULL_ENCODE_CHUNK)
-    ]

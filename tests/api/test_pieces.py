@@ -286,7 +286,7 @@ def test_an_sae_on_another_hook_is_refused_naming_the_hook(tmp_path: Path) -> No
     assert open_sae(str(pre)).id == "pre"
     with pytest.raises(UsageError, match="is taken"):
         open_saes([f"x={pre}", f"x={pre}"])
-    with pytest.raises(UsageError, match="neither a folder nor"):
+    with pytest.raises(UsageError, match="/nowhere"):
         open_saes(["x=/nowhere"])
 
 

@@ -106,7 +106,8 @@ class Engine:
         for name, folder in sae_folders.items():
             sae = load_sae(folder)
             assert sae.hook.edit_layer is not None
-            sources.append(SAESource(name, str(folder), sae.digest, sae.hook.edit_layer))
+            assert sae.origin is not None
+            sources.append(SAESource(name, sae.origin.as_dict(), sae.digest, sae.hook.edit_layer))
         config = EngineConfig(tuple(armed), tuple(sources), tuple(sae_folders), bank_rows)
         defaults: dict[str, Any] = {
             "dtype": "float32",

@@ -52,7 +52,7 @@ def dictionaries() -> tuple[EngineConfig, dict[str, SAE]]:
     folders |= {n: write_sae(root / n, LAYER, "gated", D, norm=n, seed=7) for n in NORMS}
     folders["topk_layer_norm"] = write_sae(root / "topk_layer_norm", LAYER, "topk", D, norm="layer_norm", seed=8)
     saes = {name: load_sae(folder) for name, folder in folders.items()}
-    sources = [SAESource(name, str(folders[name]), sae.digest, LAYER) for name, sae in saes.items()]
+    sources = [SAESource(name, sae.origin.as_dict(), sae.digest, LAYER) for name, sae in saes.items()]
     return EngineConfig((LAYER,), tuple(sources), tuple(folders), bank_rows=512), saes
 
 

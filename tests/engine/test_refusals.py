@@ -21,6 +21,7 @@ from editserver.engine.config import EngineConfig, SAESource
 from editserver.engine.plugin import register
 from interventions.program import Payload, Read
 from interventions.selectors import ALL
+from sae_weights.formats import Hints, Origin
 from tests.engine.tiny import write_model
 
 ADDITIONAL = {"editserver": EngineConfig((1, 2)).as_dict()}
@@ -231,7 +232,8 @@ class _Changed:
 
 
 def test_the_engines_configuration_survives_json() -> None:
-    config = EngineConfig((15, 0, 3), (SAESource("a", "/saes/a", "d" * 64, 15),), ("a",), 77)
+    source = SAESource("a", Origin("/saes/a", "saelens", Hints(groups=2)).as_dict(), "d" * 64, 15)
+    config = EngineConfig((15, 0, 3), (source,), ("a",), 77)
     back = EngineConfig.from_dict(json.loads(json.dumps(config.as_dict())))
     assert back == dataclasses.replace(config, armed=(0, 3, 15))
 
