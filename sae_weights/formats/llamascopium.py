@@ -261,7 +261,8 @@ def _hook_out(hints: Hints, stated_out: Hook, stated_in: Hook, hook: Hook) -> Ho
 
 
 def _decoder_norms(W_D: Tensor) -> Tensor:
-    return W_D.double().norm(dim=-1).clamp(min=_MIN_DECODER_NORM)
+    norms: Tensor = torch.linalg.vector_norm(W_D.double(), dim=-1)
+    return norms.clamp(min=_MIN_DECODER_NORM)
 
 
 def _crosscoder(checkpoint: _Checkpoint) -> SAE:
