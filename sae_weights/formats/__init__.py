@@ -12,15 +12,33 @@ from sae_weights.sae import SAE
 from .base import Format, Hints, Origin
 from .circuit_tracer import CircuitTracer
 from .clt import CLT
+from .connor_rob import ConnorRob
+from .dictionary_learning import DictionaryLearning
+from .gemma_scope import GemmaScope
+from .gemma_scope_2 import GemmaScope2
+from .goodfire import Goodfire
+from .llama_scope import LlamaScope
+from .llama_scope_r1 import LlamaScopeR1
 from .llamascopium import Llamascopium
 from .native import Native, save_native
+from .qwen_scope import QwenScope
 from .saelens import SAELens, save_saelens
+from .sparsify import Sparsify
 
 FORMATS: tuple[Format, ...] = (
     Native(),
+    GemmaScope(),
+    GemmaScope2(),
+    LlamaScope(),
+    LlamaScopeR1(),
+    QwenScope(),
+    Goodfire(),
+    ConnorRob(),
     Llamascopium(),
     CircuitTracer(),
     CLT(),
+    DictionaryLearning(),
+    Sparsify(),
     SAELens(),
 )
 """In the order in which they are asked whether a path is theirs; SAELens, whose test is the loosest, last."""
