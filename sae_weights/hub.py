@@ -75,8 +75,11 @@ def fetch(where: HubPath) -> Fetched:
     snapshot = _storage(where.repo) / "snapshots" / commit
     record = Record.of(where.repo, commit)
     if where.path not in record.needs or not all((snapshot / f).exists() for f in record.needs[where.path][1]):
-        tree: Tree = _HubTree(where, commit) if online else _SnapshotTree(where, snapshot)
-        chosen = needed(tree, where)
+        try:
+            tree: Tree = _HubTree(where, commit) if online else _SnapshotTree(where, snapshot)
+            chosen = needed(tree, where)
+        except SAEFormatError as error:
+            raise error if online else SAEFormatError(f"{error} (in the cache: the Hub cannot be reached)") from None
         for file in chosen.files:
             if online:
                 _download(where, commit, file.path)
@@ -177,7 +180,7 @@ class _SnapshotTree:
     def __init__(self, where: HubPath, snapshot: Path) -> None:
         self._snapshot = snapshot
         if not snapshot.is_dir():
-            raise SAEFormatError(f"{where}: commit {snapshot.name} is not in the cache, and the Hub cannot be asked")
+            raise SAEFormatError(f"{where}: commit {snapshot.name} is not in the cache")
 
     def kind(self, path: str) -> str | None:
         """``file``, ``folder`` or None."""

@@ -6,6 +6,7 @@ sha256 in ``X-Linked-Etag``, as the Hub does; small ones are answered at once un
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -44,7 +45,10 @@ class Hub:
 
     def fetched(self) -> list[str]:
         """Names of the files whose content was asked for, sorted."""
-        return sorted({path.rpartition("/")[2] for method, path in self.log if method == "GET" and "/resolve/" in path})
+        got = {
+            path for method, path in self.log if method == "GET" and ("/resolve/" in path or path.startswith("cdn/"))
+        }
+        return sorted({path.rpartition("/")[2] for path in got})
 
 
 def is_lfs(path: str, data: bytes) -> bool:
@@ -65,6 +69,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # a client that goes away between two requests
+            super().handle()
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -143,7 +151,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, files, folder, url):
         prefix = f"{folder}/" if folder else ""
-        inside = {f.removeprefix(prefix).split("/")[0] for f in files if f.startswith(prefix)}
+        deep = parse_qs(url.query).get("recursive") == ["true"]
+        below = [f.removeprefix(prefix) for f in files if f.startswith(prefix)]
+        inside = set(below) if deep else {f.split("/")[0] for f in below}
         if not inside:
             return self.refuse("EntryNotFound")
         entries = [
@@ -155,7 +165,8 @@ class Handler(BaseHTTPRequestHandler):
         start = int(parse_qs(url.query).get("cursor", ["0"])[0])
         headers = {}
         if start + PAGE < len(entries):
-            headers["Link"] = f'<{self.hub.url}{url.path}?cursor={start + PAGE}>; rel="next"'
+            query = f"cursor={start + PAGE}&recursive={str(deep).lower()}"
+            headers["Link"] = f'<{self.hub.url}{url.path}?{query}>; rel="next"'
         return self.json(entries[start : start + PAGE], headers)
 
 

@@ -1,0 +1,318 @@
+"""Dictionaries on the Hub: the real client against a small Hub of our own on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+
+from sae_weights import SAEFormatError, load_sae, resolve, save_saelens
+from sae_weights.catalogue import locate
+from sae_weights.hub import fetch
+from sae_weights.hub_path import HubPath
+from sae_weights.registry import Registry, user_file
+from tests.sae_weights.hub_server import Hub, serve
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:huggingface_hub.*")
+REPO = "someone/dictionaries"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub, and a client that asks it; cache and records in this test's folder."""
+    hub = Hub()
+    server = serve(hub)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("EDITSERVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.chdir(tmp_path)
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def unused_port():
+    """A port at which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.fixture
+def saved(make_sae, tmp_path):
+    """Files of one SAELens folder: name → bytes."""
+
+    def save(seed=0):
+        folder = save_saelens(make_sae(seed=seed), tmp_path / f"made-{seed}")
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    return save
+
+
+@pytest.fixture
+def published(hub, saved):
+    """Two dictionaries in one repository, and much that neither needs."""
+    files = {"README.md": b"# dictionaries", "cfg.json.bak": b"{}", "other/notes.json": b"{}"}
+    for layer, seed in ((3, 0), (4, 1)):
+        files |= {f"res/layer_{layer}/{name}": data for name, data in saved(seed).items()}
+        files[f"res/layer_{layer}/sparsity.safetensors"] = b"x" * 500
+        files[f"res/layer_{layer}/plot.png"] = b"x" * 500
+    commit = hub.commit(REPO, files)
+    return hub, commit
+
+
+def test_a_dictionary_is_downloaded_alone_and_is_what_was_published(published, make_sae):
+    hub, commit = published
+    name, sae = resolve(f"hf://{REPO}/res/layer_3")
+    assert name == f"{REPO}/res/layer_3"
+    assert sae.digest == make_sae(seed=0).digest
+    assert hub.fetched() == ["cfg.json", "sae_weights.safetensors"]
+    provenance = sae.metadata["provenance"]
+    assert (provenance["repo"], provenance["path"], provenance["commit"]) == (REPO, "res/layer_3", commit)
+    weights = next(f for f in provenance["files"] if f["path"].endswith(".safetensors"))
+    content = hub.repos[REPO][commit]["res/layer_3/sae_weights.safetensors"]
+    assert weights == {
+        "path": "res/layer_3/sae_weights.safetensors",
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    assert load_sae(sae.origin.path).digest == sae.digest  # another process opens it from the cache
+
+
+def test_the_prefix_is_optional_where_nothing_else_can_be_meant(published):
+    hub, _ = published
+    name, _ = resolve(f"{REPO}/res/layer_4")
+    assert name == f"{REPO}/res/layer_4"
+    assert resolve(f"late={REPO}/res/layer_4@main")[0] == "late"
+    hub.log.clear()
+    for source in ("smollm2-135m/l16/x", "someone/dictionaries", "gemma-scope-2b-pt-res/layer_20/width_16k/typo"):
+        with pytest.raises(SAEFormatError, match="neither a folder or file"):
+            resolve(source)
+    assert hub.log == []  # nothing was asked for
+
+
+def test_a_file_may_be_named_itself(published, make_sae):
+    hub, commit = published
+    found = locate(f"hf://{REPO}/res/layer_3/cfg.json@{commit}")
+    assert found.path.name == "cfg.json"
+    assert hub.fetched() == ["cfg.json"]
+
+
+def test_nothing_is_downloaded_twice(published):
+    hub, _ = published
+    resolve(f"hf://{REPO}/res/layer_3")
+    hub.log.clear()
+    resolve(f"hf://{REPO}/res/layer_3")
+    assert [method for method, path in hub.log if "/resolve/" in path] == []
+    assert len(hub.log) == 1  # what main is by now
+
+
+def test_a_pinned_revision_stays_what_it_was(published, saved, make_sae):
+    hub, first = published
+    hub.refs[REPO, "v1"] = first
+    second = hub.commit(REPO, {f"res/layer_3/{name}": data for name, data in saved(7).items()})
+    assert second != first
+    for revision, seed in ((None, 7), ("main", 7), ("v1", 0), (first, 0), (second, 7)):
+        source = f"hf://{REPO}/res/layer_3" + (f"@{revision}" if revision else "")
+        name, sae = resolve(source)
+        assert sae.digest == make_sae(seed=seed).digest, revision
+        assert name == f"{REPO}/res/layer_3"
+        assert sae.metadata["provenance"]["revision"] == (revision or "main")
+    with pytest.raises(SAEFormatError, match="has no branch, tag or commit 'v2'"):
+        resolve(f"hf://{REPO}/res/layer_3@v2")
+
+
+def test_content_that_is_not_what_the_hub_states_is_refused_and_stays_refused(published):
+    hub, _ = published
+    hub.spoilt.add("res/layer_3/sae_weights.safetensors")
+    for _ in range(2):
+        with pytest.raises(
+            SAEFormatError, match=r"sae_weights\.safetensors is not the file .* expected sha256 .*delete"
+        ):
+            resolve(f"hf://{REPO}/res/layer_3")
+    resolve(f"hf://{REPO}/res/layer_4")
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_a_file_that_changed_in_the_cache_is_an_error(published, name):
+    found = locate(f"hf://{REPO}/res/layer_3")
+    path = (found.path / name).resolve()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SAEFormatError, match=rf"{name} is not the file that the Hub has"):
+        resolve(f"hf://{REPO}/res/layer_3")
+    path.unlink()
+    assert resolve(f"hf://{REPO}/res/layer_3")[1].n_features == 16
+
+
+def test_verify_reads_every_byte_again(published):
+    found = locate(f"hf://{REPO}/res/layer_3")
+    found.fetched.verify()
+    path = (found.path / "sae_weights.safetensors").resolve()
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # neither size nor time gives it away
+    with pytest.raises(SAEFormatError, match="expected sha256"):
+        found.fetched.verify()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            f"hf://{REPO}/res/layer_5",
+            r"someone/dictionaries/res has no 'layer_5'; nearest: res/layer_[34], res/layer_[34]",
+        ),
+        (f"hf://{REPO}/rez/layer_3", r"someone/dictionaries has no 'rez'; nearest: res"),
+        (f"hf://{REPO}/res/layer_3/sae_weight.safetensors", r"nearest: res/layer_3/sae_weights\.safetensors"),
+        (f"hf://{REPO}/res", r"no dictionary in this folder; below it: layer_3, layer_4"),
+        (f"hf://{REPO}/other", r"no dictionary in this folder"),
+        ("hf://someone/nothing/x", r"no repository someone/nothing that you may read"),
+    ],
+)
+def test_a_place_that_holds_nothing_names_what_is_near(published, source, message):
+    with pytest.raises(SAEFormatError, match=message):
+        resolve(source)
+
+
+def test_several_files_of_tensors_in_one_folder_have_to_be_chosen_from(hub):
+    hub.commit(REPO, {f"layer{i}.sae.pt": b"x" for i in range(9)})
+    with pytest.raises(SAEFormatError, match=r"9 files of tensors; name one of layer0\.sae\.pt, .*…"):
+        resolve(f"hf://{REPO}")
+
+
+def test_a_gated_repository_says_how_to_get_access(published):
+    hub, _ = published
+    hub.gated.add(REPO)
+    with pytest.raises(SAEFormatError, match=r"asks for its terms to be accepted.*hf auth login"):
+        resolve(f"hf://{REPO}/res/layer_3")
+
+
+def test_without_a_connection_the_cache_serves(published, monkeypatch, make_sae, unused_port):
+    _, commit = published
+    resolve(f"hf://{REPO}/res/layer_3")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused_port}")
+    for revision in ("", "@main", f"@{commit}"):
+        assert resolve(f"hf://{REPO}/res/layer_3{revision}")[1].digest == make_sae(seed=0).digest
+    with pytest.raises(SAEFormatError, match="the Hub cannot be reached"):
+        resolve(f"hf://{REPO}/res/layer_4")
+    with pytest.raises(SAEFormatError, match="not in the cache, and the Hub cannot be reached"):
+        resolve(f"hf://{REPO}/res/layer_3@v1")
+
+
+def test_offline_the_cache_serves_and_what_is_not_in_it_is_refused(published, monkeypatch, make_sae):
+    hub, commit = published
+    resolve(f"hf://{REPO}/res/layer_3")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.log.clear()
+    for revision in ("", "@main", f"@{commit}"):
+        assert resolve(f"hf://{REPO}/res/layer_3{revision}")[1].digest == make_sae(seed=0).digest
+    for source, message in (
+        (f"hf://{REPO}/res/layer_4", "res has no 'layer_4'|no dictionary"),
+        (f"hf://{REPO}/res/layer_3@v1", "HF_HUB_OFFLINE is set"),
+        ("hf://someone/else/x", "HF_HUB_OFFLINE is set"),
+        (f"hf://{REPO}/res/layer_3@{'0' * 40}", "is not in the cache"),
+    ):
+        with pytest.raises(SAEFormatError, match=message):
+            resolve(source)
+    assert hub.log == []
+
+
+def test_offline_what_another_program_downloaded_is_checked_by_the_names_of_its_blobs(published, monkeypatch, make_sae):
+    from huggingface_hub import snapshot_download
+
+    hub, _ = published
+    snapshot_download(REPO, allow_patterns=["res/layer_4/*"], endpoint=hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = locate(f"hf://{REPO}/res/layer_4")
+    assert found.open().digest == make_sae(seed=1).digest
+    path = (found.path / "sae_weights.safetensors").resolve()
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(SAEFormatError, match="is not the file that the Hub has"):
+        locate(f"hf://{REPO}/res/layer_4")
+
+
+def test_configuration_above_the_folder_comes_along(hub, saved):
+    files = {f"a/b/layer_3/{name}": data for name, data in saved().items()}
+    hub.commit(REPO, files | {"config.json": b"{}", "a/wandb-config.yaml": b"x: 1", "a/b/eval.json": b"{}"})
+    found = fetch(HubPath.parse(f"hf://{REPO}/a/b/layer_3"))
+    assert sorted(file.path for file in found.files) == [
+        "a/b/layer_3/cfg.json",
+        "a/b/layer_3/sae_weights.safetensors",
+        "a/wandb-config.yaml",
+        "config.json",
+    ]
+
+
+def gemma_scope_files(n=24, d=8):
+    """One Gemma Scope dictionary in its published layout."""
+    g = np.random.default_rng(0)
+    tensors = {
+        "W_enc": g.normal(size=(d, n)),
+        "W_dec": g.normal(size=(n, d)),
+        "b_enc": g.normal(size=n),
+        "b_dec": g.normal(size=d),
+        "threshold": g.uniform(0.1, 1.0, size=n),
+    }
+    file = io.BytesIO()
+    np.savez(file, **{name: t.astype(np.float32) for name, t in tensors.items()})
+    return tensors, file.getvalue()
+
+
+def test_an_id_of_the_registry_is_downloaded_and_knows_its_hook(hub):
+    tensors, data = gemma_scope_files()
+    hub.commit("google/gemma-scope-2b-pt-res", {"layer_20/width_16k/average_l0_71/params.npz": data})
+    source = "gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical"
+    name, sae = resolve(source)
+    assert name == source
+    assert (str(sae.hook), sae.architecture, sae.n_features) == ("resid_post(20)", "jumprelu", 24)
+    assert torch.allclose(sae.rows([5]).encoder[0], torch.tensor(tensors["W_enc"][:, 5], dtype=torch.float32))
+    assert sae.metadata["provenance"]["registry"]["neuronpedia"] == "gemma-2-2b/20-gemmascope-res-16k"
+    assert "gemma-2-2b" in sae.metadata["model_name"]
+    # The same place named on the Hub is known to the registry as well.
+    name, same = resolve("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
+    assert name == "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
+    assert same.digest == sae.digest
+    assert same.metadata["provenance"]["registry"]["id"].startswith("gemma-scope-2b-pt-res")
+
+
+def test_the_registrys_factor_is_folded_in(hub, saved, make_sae, tmp_path):
+    files = saved()
+    config = json.loads(files["cfg.json"])
+    config["normalize_activations"] = "expected_average_only_in"
+    files["cfg.json"] = json.dumps(config).encode()
+    hub.commit("me/scaled", {f"x/{name}": data for name, data in files.items()})
+    text = "scaled: {model: m, repo_id: me/scaled, saes: [{id: a, path: x, norm_scaling_factor: 2.5}]}"
+    Registry.of_yaml(text, "1").write(user_file())
+    _, sae = resolve("scaled/a")
+    plain = make_sae()
+    assert torch.allclose(sae.rows([3]).encoder, 2.5 * plain.rows([3]).encoder)
+    assert torch.allclose(sae.rows([3]).decoder, plain.rows([3]).decoder / 2.5)
+
+
+def test_the_environment_alone_decides_which_hub_is_asked(published, tmp_path, make_sae):
+    hub, _ = published
+    code = "import sys; from sae_weights import resolve; name, sae = resolve(sys.argv[1]); print(name, sae.digest, sep='\\n')"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, f"hf://{REPO}/res/layer_3"]
+    expected = [f"{REPO}/res/layer_3", make_sae(seed=0).digest]
+    online = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert online.stdout.split() == expected
+    hub.log.clear()
+    offline = {**environment, "HF_HUB_OFFLINE": "1"}
+    assert subprocess.run(command, env=offline, capture_output=True, text=True, check=True).stdout.split() == expected
+    assert hub.log == []
