@@ -79,7 +79,9 @@ def check_settings(form: Architecture, given: Mapping[str, Any], n_features: int
             raise SAEFormatError(f"settings: {name} is {value!r}; expected {type(default).__name__}, as {default!r} is")
         if isinstance(value, float) and not math.isfinite(value):
             raise SAEFormatError(f"settings: {name} is {value}; expected a finite number")
-    settings = {**form.settings, **given}
+    # 1 and 1.0 are one number, with one digest.
+    numbers = {name: float(given[name]) for name in given if isinstance(form.settings[name], float)}
+    settings = {**form.settings, **given, **numbers}
     sizes = settings.get("group_sizes")
     if sizes:
         whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
