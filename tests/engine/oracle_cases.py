@@ -13,7 +13,7 @@ class Lab(Protocol):
     """What a case may ask for: facts about the unedited model, measured by the reference on the test's own prompts."""
 
     def often(self, sae: str, n: int = 1) -> list[int]:
-        """The ``n`` latents of the dictionary with the largest mean activation past position 0."""
+        """The ``n`` latents of the dictionary with the largest mean |activation| past position 0."""
 
     def sometimes(self, sae: str) -> int:
         """A latent that is on for some ordinary tokens of every prompt and off for others."""
@@ -364,4 +364,66 @@ def _inspections() -> list[Case]:
     return cases
 
 
-CASES = [*_steering(), *_ops(), *_selectors(), *_composed(), *_dose(), *_inspections()]
+CLASSES = (
+    "abstopk", "glu", "gradient", "groupmax", "itda", "matching_pursuit", "plain_topk", "polysae", "top_afa", "vsae",
+    "unit_norm", "centre", "native", "topk_layer_norm", "approximate", "prefix",
+)  # fmt: skip
+"""Every way of execution that is not among ``DICTIONARIES``; ``conftest.sae_classes`` says what they are."""
+
+# Latents of dictionaries with unit decoder rows are worth less.
+SIZE = {"itda": 3.0, "matching_pursuit": 3.0, "polysae": 0.6}
+
+
+def _classes() -> list[Case]:
+    """One request with every op on each kind of dictionary, and one whose edit and reading are of the same one."""
+    cases = []
+    for i, d in enumerate(CLASSES):
+        sae, size = f"{d}/l15", SIZE.get(d, 1.0)
+
+        def ops(lab: Lab, sae: str = sae, size: float = size) -> list[Json]:
+            often, now_and_then = lab.often(sae, 8), lab.sometimes(sae)
+            return [
+                edit(sae, each(often[:2], op="set", value=12.0 * size)),
+                edit(sae, each(often[2:4], op="scale", value=-2.0), tokens="prompt"),
+                edit(sae, each([now_and_then], op="add", value=9.0 * size, only_if_active=True)),
+                edit(sae, each(often[4:6], op="clamp", min=6.0 * size), tokens=["last_prompt_token", "generated"]),
+                edit(sae, each(often[6:8], op="ablate")),
+                edit(sae, each(often[:1], op="add", value=5.0 * size), tokens={"from": 4}),
+            ]
+
+        def active(lab: Lab, sae: str = sae, size: float = size) -> list[Json]:
+            on = list(dict.fromkeys([*lab.often(sae, 5), lab.sometimes(sae)]))
+            return [edit(sae, each(on, op="scale", value=3.0, only_if_active=True), tokens={"from": 3})]
+
+        def looked_at(lab: Lab, sae: str = sae, after: bool = bool(i % 2)) -> Json:
+            return {"sae": sae, "top_k": 5, "features": [*lab.often(sae, 2), lab.sometimes(sae)], "after": after}
+
+        cases.append(Case(f"class/{d}/every_op", ops, prompt=i % 3))
+        cases.append(Case(f"class/{d}/edited_and_inspected", active, prompt=(i + 1) % 3, inspect=looked_at))
+
+    def strong(lab: Lab) -> list[Json]:
+        return [
+            edit("polysae/l15", each(lab.often("polysae/l15", 4), op="set", value=15.0)),
+            steer(values=lab.random(13), layer=15, strength=60),
+        ]
+
+    def together(lab: Lab) -> list[Json]:
+        names = [f"{d}/l15" for d in CLASSES]
+        return [edit(name, each(lab.often(name, 2), op="scale", value=1.7)) for name in names]
+
+    def undone(lab: Lab) -> list[Json]:
+        latents = lab.often("polysae/l15", 3)
+        return [
+            edit("polysae/l15", each(latents, op="scale", value=2.0)),
+            edit("polysae/l15", each(latents, op="scale", value=0.5)),
+        ]
+
+    return [
+        *cases,
+        Case("class/polysae/max_dose_clamps_the_sum", strong, max_dose=0.5, clamps=True),
+        Case("class/polysae/an_edit_undone", undone, prompt=1, changes=False, inert=(0, 1)),
+        Case("class/all_at_one_layer", together, prompt=2),
+    ]
+
+
+CASES = [*_steering(), *_ops(), *_selectors(), *_composed(), *_dose(), *_inspections(), *_classes()]

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from editserver.catalogue import ServedCatalogue, build_catalogue
-from editserver.engine.config import EngineConfig, SAESource
+from editserver.catalogue import OpenedSAE, ServedCatalogue, approximated, build_catalogue
+from editserver.engine.config import EngineConfig
 from editserver.engine.journal import Journal
 from editserver.settings import DoseBound, Settings
 from interventions.compile import Compiled, compile_request
 from interventions.spec import parse_inspect, parse_interventions
 from sae_weights import load_sae
+from sae_weights.formats import Origin
 
 BLOCK = 32
 """Tokens per KV block in the test engines (vLLM's default on CPU is 128)."""
@@ -82,15 +83,16 @@ class Engine:
     def start(
         cls,
         model: Path,
-        sae_folders: Mapping[str, Path],
+        saes: Mapping[str, Path | Origin],
         armed: Sequence[int],
         *,
         max_dose: DoseBound | None = None,
         bank_rows: int = 2048,
+        approximate: Sequence[str] = (),
         processes: bool = False,
         **engine_args: Any,
     ) -> Engine:
-        """Start an armed engine on ``model`` with the SAEs ``{id: folder}``.
+        """Start an armed engine on ``model`` with the SAEs ``{id: folder}``, those of ``approximate`` as stand-ins.
 
         One process holds one armed model, so a second engine next to a first one needs ``processes``.
         """
@@ -102,13 +104,13 @@ class Engine:
         from vllm import LLM, envs
 
         envs.disable_envs_cache()  # an engine that started earlier froze the variables above
-        sources = []
-        for name, folder in sae_folders.items():
-            sae = load_sae(folder)
+        opened = []
+        for name, place in saes.items():
+            sae = place.open() if isinstance(place, Origin) else load_sae(place)
             assert sae.hook.edit_layer is not None
-            assert sae.origin is not None
-            sources.append(SAESource(name, sae.origin.as_dict(), sae.digest, sae.hook.edit_layer))
-        config = EngineConfig(tuple(armed), tuple(sources), tuple(sae_folders), bank_rows)
+            opened.append(OpenedSAE(name, sae.hook.edit_layer, sae))
+        sources = tuple(one.source() for one in approximated(opened, approximate))
+        config = EngineConfig(tuple(armed), sources, tuple(saes), bank_rows)
         defaults: dict[str, Any] = {
             "dtype": "float32",
             "enforce_eager": True,
