@@ -83,6 +83,8 @@ class Format(ABC):
     Attributes:
         name: how commands name it. title: who writes it. files: what it looks like on disk. reference: where it is defined.
         architectures: names of the architectures that can come out.
+        edited: whether a server can edit through any of its dictionaries; False where all of them read one place and write
+            another (transcoders), or read several (crosscoders).
     """
 
     name: ClassVar[str]
@@ -90,6 +92,7 @@ class Format(ABC):
     files: ClassVar[str]
     reference: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
+    edited: ClassVar[bool] = True
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
