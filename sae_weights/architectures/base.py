@@ -75,6 +75,7 @@ class Architecture(ABC):
         additive: whether the decoder is linear in f, so that the effect of one latent does not depend on the others.
         tied: whether it has no encoder matrix: W_enc is W_dec.
         signed: whether activations may be negative.
+        several_places: whether it always reads several places at once (crosscoders), which no edit can.
         thresholdable: whether one calibrated threshold on the pre-activation can stand in for the membership rule.
     """
 
@@ -97,6 +98,7 @@ class Architecture(ABC):
     tied: ClassVar[bool] = False
     signed: ClassVar[bool] = False
     thresholdable: ClassVar[bool] = False
+    several_places: ClassVar[bool] = False
 
     @property
     def row_separable(self) -> bool:

@@ -29,6 +29,7 @@ class Crosscoder(BiasOnly):
     title = "Crosscoder, gated per place"
     reference = "Lindsey et al. 2024, Sparse Crosscoders; llamascopium, models/crosscoder.py"
     execution = "dictionary"
+    several_places = True
     gate_tensors = ("b_enc", "head_norm")
     optional_gate = ("threshold",)
     gate_matrices = ("head_norm",)

@@ -84,7 +84,7 @@ class Format(ABC):
         name: how commands name it. title: who writes it. files: what it looks like on disk. reference: where it is defined.
         architectures: names of the architectures that can come out.
         edited: whether a server can edit through any of its dictionaries; False where all of them read one place and write
-            another (transcoders), or read several (crosscoders).
+            another (transcoders), read several (crosscoders), or sit on a hook that is not served (hook_z).
     """
 
     name: ClassVar[str]

@@ -54,6 +54,7 @@ class CircuitTracer(Format):
     reference = "circuit-tracer 0.5.0, transcoder/single_layer_transcoder.py"
     architectures = ("relu", "jumprelu", "plain_topk")
     edited = False
+    edited = False
 
     def recognises(self, path: Path) -> bool:
         try:

@@ -45,6 +45,7 @@ class CLT(Format):
     reference = "circuit-tracer 0.5.0, transcoder/cross_layer_transcoder.py"
     architectures = ("relu", "jumprelu")
     edited = False
+    edited = False
 
     def recognises(self, path: Path) -> bool:
         try:

@@ -36,6 +36,7 @@ class ConnorRob(Format):
     files = "<run>.pt + <run>_cfg.json"
     reference = "lesswrong.com/posts/FSTRedtjuHa4Gfdbr"
     architectures = ("relu",)
+    edited = False
 
     def recognises(self, path: Path) -> bool:
         try:
