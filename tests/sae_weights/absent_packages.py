@@ -19,11 +19,17 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec):
         module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: type(name, (), {})
+        module.__getattr__ = _empty
         return module
 
     def exec_module(self, module):
         pass
+
+
+def _empty(name):
+    if name.startswith("__"):
+        raise AttributeError(name)  # it has no file, no version …
+    return type(name, (), {})
 
 
 def stand_in_for(*names):
