@@ -30,13 +30,15 @@ class TopAFA(BiasOnly):
     gate_tensors = ("b_enc",)
 
     def encode(self, x: Tensor, whole: Whole) -> Tensor:
-        a = torch.relu(x @ whole.W_enc.T + whole.gate["b_enc"])
+        centred = x - whole.b_dec
+        a = torch.relu(centred @ whole.W_enc.T)
         energy = (a * whole.W_dec.norm(dim=-1)).square()
         order = energy.argsort(dim=-1, descending=True, stable=True)
-        # In float64: thousands of terms, whose sum must come out alike on every device.
-        explained = energy.gather(-1, order).double().cumsum(dim=-1)
+        # Summed in float64, so that thousands of terms come out alike on every device, and compared in fp32 as by the
+        # authors: where all of a explain less than the norm, latents too small to change the fp32 sum stay out.
+        explained = energy.gather(-1, order).double().cumsum(dim=-1).float()
         explained[..., -1] = _WHOLE_SUM
-        norm = (x - whole.b_dec).double().norm(dim=-1, keepdim=True)
+        norm = centred.double().norm(dim=-1, keepdim=True).float()
         last = first_largest(-(explained.sqrt() - norm).abs())
         kept = torch.arange(a.shape[-1], device=a.device) <= last
         return a * torch.zeros_like(a, dtype=torch.bool).scatter_(-1, order, kept)

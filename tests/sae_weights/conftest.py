@@ -32,6 +32,7 @@ def make_sae() -> MakeSAE:
         gate = {name: torch.randn(wide.get(name, n), generator=g) * 0.3 for name in form.gate_tensors}
         gate |= {name: gate[name].abs() for name in ("threshold", "head_norm") if name in gate}
         extras = {name: torch.randn(wide[name], generator=g) for name in form.extra_tensors}
+        extras |= more.pop("more_extras", {})
         if form.needs_k:
             more.setdefault("k", 4)
         return SAE.from_tensors(
