@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -46,15 +46,19 @@ class Dictionaries:
         order for another number of rows, and then a chunked prefill would not see the bits that a whole one sees.
         """
         sae = self._whole(digest)
-        return _in_blocks(sae.encode, h)
+        n = len(h)
+        padded = torch.nn.functional.pad(h, (0, 0, 0, -n % FULL_ENCODE_BLOCK))
+        return torch.cat([sae.encode(block) for block in padded.split(FULL_ENCODE_BLOCK)])[:n]
 
     def delta(self, digest: str, h: torch.Tensor, z: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
         """decode(edited) − decode(z), in the space of ``h [n, d]``: fp32 ``[n, d]`` of activations ``[n, n_features]``.
 
-        In blocks of rows as :meth:`full_encode`, and refused alike.
+        One token at a time: non-additive decoders have products of few columns, for which a BLAS adds in another order
+        depending on where a row stands in a block. Refused like :meth:`full_encode`.
         """
         sae = self._whole(digest)
-        return _in_blocks(sae.delta, h, z, edited)
+        rows = zip(h.split(1), z.split(1), edited.split(1), strict=True)
+        return torch.cat([sae.delta(*(part.clone() for part in row)) for row in rows])
 
     def _whole(self, digest: str) -> sae_weights.SAE:
         if digest not in self._full:
@@ -64,13 +68,6 @@ class Dictionaries:
     def input_norm(self, digest: str) -> int:
         """How the SAE normalises its input, as the kernel's code."""
         return INPUT_NORMS[self[digest].input_norm]
-
-
-def _in_blocks(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """``function`` of row-wise inputs ``[n, …]``, ``FULL_ENCODE_BLOCK`` rows at a time."""
-    n = len(inputs[0])
-    padded = [torch.nn.functional.pad(x, (0, 0, 0, -n % FULL_ENCODE_BLOCK)).split(FULL_ENCODE_BLOCK) for x in inputs]
-    return torch.cat([function(*block) for block in zip(*padded, strict=True)])[:n]
 
 
 class RowBank:

@@ -29,6 +29,7 @@ TOGGLES: dict[str, dict[str, Any]] = {
     "steer": {"interventions": [steer(15, 11)]},
     "features": {"interventions": [set_features("gated/l15", {5: 30.0, 9: -20.0})]},
     "topk": {"interventions": [set_features("topk/l15", {7: 40.0})]},
+    "joint": {"interventions": [set_features("polysae/l15", {7: 15.0, 8: -9.0})]},
     "inspect": {"inspect": {"sae": "jumprelu/l15", "top_k": 4, "features": [2]}},
 }
 """What row ``TOGGLED_ROW`` of the batch does instead of nothing."""
@@ -36,6 +37,7 @@ TOGGLES: dict[str, dict[str, Any]] = {
 OTHERS: dict[int, Edits] = {
     0: [steer(15, 3)],
     2: [set_features("jumprelu/l15", {5: 30.0})],
+    4: [set_features("polysae/l15", {2: 15.0})],
     5: [set_features("topk/l15", {1: 40.0})],
     6: [steer(15, 4, 60.0, ["last_prompt_token", "generated"]), steer(29, 5, 60.0)],
 }
@@ -179,6 +181,17 @@ MIXED: list[Ask] = [
     Ask(prompt_of(404, 33), [set_features("topk/l15", {7: 40.0}, {"from": -20})], max_tokens=4),
 ]
 """Requests of every phase and kind, whose prompts end inside, at and one past the edges of small chunks."""
+
+WHOLE: list[Ask] = [
+    Ask(prompt_of(405, 49), [set_features("polysae/l15", {7: 15.0, 8: -9.0}, "prompt")], max_tokens=4),
+    Ask(prompt_of(406, 33), [set_features("polysae/l15", {3: 15.0}, ["last_prompt_token", "generated"])], max_tokens=4),
+    Ask(prompt_of(407, 35), [set_features("matching_pursuit/l15", {7: 150.0}, {"from": -20})], max_tokens=4),
+    Ask(prompt_of(408, 18), [set_features("top_afa/l15", {7: 60.0})], max_tokens=4),
+    Ask(
+        prompt_of(409, 50), [set_features("topk/l15", {7: 40.0}), set_features("polysae/l15", {5: 15.0})], max_tokens=4
+    ),
+]
+"""Requests that need whole dictionaries, whose tokens share blocks of the full-encode path."""
 
 
 def chunks(lab: Lab, size: int, asks: Sequence[Ask] = tuple(MIXED)) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -14,11 +15,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editserver.engine.config import EngineConfig, SAESource
 from editserver.engine.journal import Journal
+from editserver.engine.rows import Dictionaries
 from editserver.engine.wire import StepRecord
 from editserver.engine.worker import EngineWorker
 from interventions.limits import MAX_INTERVENTIONS
@@ -36,12 +38,14 @@ from interventions.selectors import (
     slice_selector,
 )
 from sae_weights import SAE, load_sae
-from tests.engine.dictionaries import ARCHITECTURES, N_FEATURES, write_sae
+from tests.engine.dictionaries import ARCHITECTURES, N_FEATURES, random_sae, write_native, write_sae
 
 D = 40
 LAYER = 3
 MAX_TOKENS = 64
 NORMS = ("constant_norm_rescale", "layer_norm")
+SHIFTS = ("unit_norm", "centre")
+MEMBERS = ("abstopk", "matching_pursuit", "glu", "groupmax")
 
 
 @cache
@@ -51,6 +55,11 @@ def dictionaries() -> tuple[EngineConfig, dict[str, SAE]]:
     folders = {a: write_sae(root / a, LAYER, a, D, seed=i) for i, a in enumerate(ARCHITECTURES)}
     folders |= {n: write_sae(root / n, LAYER, "gated", D, norm=n, seed=7) for n in NORMS}
     folders["topk_layer_norm"] = write_sae(root / "topk_layer_norm", LAYER, "topk", D, norm="layer_norm", seed=8)
+    folders |= {n: write_native(root / n, LAYER, "gated", D, input_norm=n, encoder=6, seed=9) for n in SHIFTS}
+    folders |= {n: write_native(root / n, LAYER, n, D, seed=10) for n in (*MEMBERS, "polysae")}
+    folders["polysae_unit_norm"] = write_native(
+        root / "pun", LAYER, "polysae", D, input_norm="unit_norm", encoder=6.0, seed=11
+    )
     saes = {name: load_sae(folder) for name, folder in folders.items()}
     sources = [SAESource(name, sae.origin.as_dict(), sae.digest, LAYER) for name, sae in saes.items()]
     return EngineConfig((LAYER,), tuple(sources), tuple(folders), bank_rows=512), saes
@@ -177,15 +186,15 @@ def random_program(random: np.random.Generator, prompt_len: int) -> Program:
     vectors: dict[str, bytes] = {}
     for _ in range(random.integers(1, 7)):
         ops = tuple(random_op(random, len(selectors)) for _ in range(random.integers(1, 4)))
-        kind = ReadKind(int(random.integers(5)))
+        kind = ReadKind(int(random.integers(6)))
         if kind <= ReadKind.DOT:
             v = random.normal(size=D).astype(np.float32)
             v = (v / np.linalg.norm(v)).astype(np.float32) * np.float32(3 if kind is ReadKind.NONE else 1)
             key = vector_key(v.tobytes())
             vectors[key] = v.tobytes()
         else:
-            wanted = kind is ReadKind.LATENT
-            names = [n for n, s in dictionaries()[1].items() if s.row_separable == wanted]
+            wanted = (kind is ReadKind.LATENT, kind is not ReadKind.JOINT)
+            names = [n for n, s in dictionaries()[1].items() if (s.row_separable, s.additive) == wanted]
             sae = dictionaries()[1][names[random.integers(len(names))]]
             key = feature_key(sae.digest, int(random.integers(N_FEATURES)))
         if kind is ReadKind.NORM:  # in units of ‖h‖
@@ -231,6 +240,7 @@ def expected(part: Part, h: torch.Tensor) -> LayerResult:
         lambda digest: by_digest()[digest].encode(h.float()),
         program.max_dose,
         program.refuse_over_dose,
+        lambda digest, z, edited: by_digest()[digest].delta(h.float(), z, edited),
     )
 
 
@@ -245,21 +255,24 @@ def borderline(part: Part, h: torch.Tensor) -> torch.Tensor:
             continue
         _, digest, index = channel.row.split(":")
         sae = by_digest()[digest]
-        pre = sae.pre_activations(h.float())
+        if not sae.row_separable:  # whoever is on when h is a little different, is on
+            on = sae.encode(h.float()) != 0
+            noise = torch.Generator().manual_seed(0)
+            for _ in range(6):
+                moved = h.float() * (1 + 1e-4 * torch.randn(h.shape, generator=noise))
+                close |= ((sae.encode(moved) != 0) != on).any(dim=-1)
+            continue
         rows = sae.rows([int(index)])
         u = sae.token_scale(h.float())[0] @ rows.encoder[0]
         close |= (u + rows.gate_bias - rows.threshold).abs() < 1e-3
         close |= (rows.mag_scale * u + rows.mag_bias).abs() < 1e-3
-        if not sae.row_separable:
-            assert sae.k is not None
-            ordered = pre.sort(dim=-1, descending=True).values
-            close |= (ordered[:, sae.k - 1] - ordered[:, sae.k]).abs() < 1e-3
     dose = edit_layer(
         h.float(),
         program.layers[0],
         select(program.selectors, part.positions, part.ids, part.prompt_len),
         row_source(program.vectors, by_digest()),
         lambda digest: by_digest()[digest].encode(h.float()),
+        effect=lambda digest, z, edited: by_digest()[digest].delta(h.float(), z, edited),
     ).dose
     return close | ((dose - program.max_dose).abs() < 1e-4 * dose) | ((dose > 0) & (dose < 1e-5))
 
@@ -368,12 +381,9 @@ def test_a_request_gets_the_same_bits_alone_and_in_any_company(
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_a_token_gets_the_same_bits_in_any_chunk(seed: int, dtype: torch.dtype) -> None:
-    """For everything that does not need a whole dictionary, down to chunks of one token."""
+    """Down to chunks of one token, whole dictionaries included."""
     random = np.random.default_rng(seed)
     program = random_program(random, 7)
-    channels = tuple(c for c in program.layers[0].channels if c.read is not ReadKind.MEMBER)
-    assume(channels)
-    program = Program((LayerProgram(LAYER, channels),), program.selectors, program.vectors, program.max_dose)
     part = Part(Payload(program, (), program.digest()), 0, 7, torch.from_numpy(random.integers(0, 6, 12)))
     hidden = torch.from_numpy(random.normal(size=(12, D)) * 10).to(dtype)
     whole = Step([part], hidden, None).run(new_worker(dtype))
@@ -401,7 +411,7 @@ def test_the_plan_selects_what_the_selectors_mean(seed: int, n_parts: int) -> No
         assert not (bits >> np.uint64(len(part.selectors))).any()
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *NORMS, "topk_layer_norm"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *NORMS, "topk_layer_norm", *SHIFTS, *MEMBERS, "polysae"])
 @pytest.mark.parametrize("after", [False, True])
 def test_readings_are_the_oracles(name: str, after: bool) -> None:
     sae = dictionaries()[1][name]
@@ -490,3 +500,78 @@ def test_a_stream_of_another_width_is_an_error() -> None:
     wide = Step(step.parts, torch.zeros(len(step.hidden), D + 1), None)
     with pytest.raises(RuntimeError, match="do not carry the whole residual stream"):
         wide.run(new_worker(torch.float32))
+
+
+# -- the full-encode path ---------------------------------------------------------------------------------------------
+
+
+def _set(name: str, index: int, selector: int = 0) -> Channel:
+    kind = ReadKind.MEMBER if dictionaries()[1][name].additive else ReadKind.JOINT
+    op = Op(0.0, 5.0, -math.inf, math.inf, False, selector, 0)
+    return Channel(kind, feature_key(dictionaries()[1][name].digest, index), (op,))
+
+
+def _whole(*channels: Channel, selectors: tuple[Selector, ...] = (ALL,), reads: tuple[Read, ...] = ()) -> Payload:
+    layer = LayerProgram(LAYER, tuple(sorted(channels, key=lambda c: (c.read, c.row))))
+    program = Program((layer,), selectors, {})
+    return Payload(program, reads, program.digest())
+
+
+def test_only_selected_tokens_are_encoded_and_each_of_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all requests of the step, edits and readings together."""
+    topk, poly = (dictionaries()[1][name].digest for name in ("topk", "polysae"))
+    encoded: list[tuple[str, int]] = []
+    worker = new_worker(torch.float32)
+    encode = worker.dictionaries.full_encode
+
+    def counting(digest: str, h: torch.Tensor) -> torch.Tensor:
+        encoded.append((digest, len(h)))
+        return encode(digest, h)
+
+    monkeypatch.setattr(worker.dictionaries, "full_encode", counting)
+    some, late = slice_selector(2, 6), slice_selector(5, 9)
+    reads = (Read(topk, LAYER, (), 3, late), Read(topk, LAYER, (4,), 0, late, True))
+    payloads = [
+        _whole(_set("topk", 1), _set("topk", 2, 1), selectors=(some, slice_selector(3, 7))),
+        _whole(_set("topk", 3), _set("polysae", 3), _set("polysae", 4), selectors=(late,), reads=reads),
+        _whole(_set("standard", 1), selectors=(ALL,)),
+    ]
+    parts = [Part(payload, 0, 12, torch.arange(12)) for payload in payloads]
+    parts[2] = Part(
+        _whole(Channel(ReadKind.LATENT, _set("standard", 1).row, _set("standard", 1).ops)), 0, 12, parts[2].ids
+    )
+    hidden = torch.randn(36, D, generator=torch.Generator().manual_seed(0)) * 10
+    Step(parts, hidden, None).run(worker)
+    # request 0: positions 2..6; request 1: 5..8, where the reading after the edit encodes the edited stream
+    assert sorted(encoded) == sorted([(topk, 5 + 4), (poly, 4), (topk, 4)])
+
+
+@pytest.mark.parametrize("architecture", ["topk", "matching_pursuit", "top_afa", "polysae"])
+def test_a_token_is_encoded_to_the_same_bits_in_any_company(architecture: str, tmp_path: Path) -> None:
+    """The promise on which requests share the products of a step, at widths where a BLAS takes its fast paths."""
+    d, n = 576, 1000
+    sae = random_sae(architecture, d, n=n, encoder=0.2)
+    folder = write_native(tmp_path / "sae", 0, architecture, d, n=n)
+    source = SAESource("a", load_sae(folder).origin.as_dict(), sae.digest, 0)
+    opened = Dictionaries(EngineConfig((0,), (source,), ("a",)))
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(37, d, generator=generator) * 7
+    whole = opened.full_encode(sae.digest, h)
+    edited = whole.clone()
+    edited[:, :5] = 3.0
+    delta = opened.delta(sae.digest, h, whole, edited)
+    for _ in range(8):
+        some = torch.randperm(37, generator=generator)[: int(torch.randint(1, 37, (1,), generator=generator))]
+        assert torch.equal(opened.full_encode(sae.digest, h[some]), whole[some])
+        assert torch.equal(opened.delta(sae.digest, h[some], whole[some], edited[some]), delta[some])
+    assert not opened.delta(sae.digest, h, whole, whole.clone()).any()
+
+
+def test_a_dictionary_without_the_full_encode_path_is_never_encoded() -> None:
+    config, saes = dictionaries()
+    opened = Dictionaries(dataclasses.replace(config, full_encode=()))
+    with pytest.raises(ValueError, match="full-encode path is off"):
+        opened.full_encode(saes["topk"].digest, torch.zeros(1, D))
+    z = torch.zeros(1, N_FEATURES)
+    with pytest.raises(ValueError, match="full-encode path is off"):
+        opened.delta(saes["polysae"].digest, torch.zeros(1, D), z, z)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_weights.formats import Origin
 from tests.engine import checks
 from tests.engine.lab import Lab
 from tests.engine.support import Engine
@@ -15,11 +16,11 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def compiled_lab(model: Path, sae_folders: dict[str, Path]) -> Iterator[Lab]:
+def compiled_lab(model: Path, sae_folders: dict[str, Path], sae_classes: dict[str, Path | Origin]) -> Iterator[Lab]:
     """bf16 and ``torch.compile``, the engine core in its own process: what a server runs."""
     engine = Engine.start(
         model,
-        sae_folders,
+        sae_folders | sae_classes,
         (0, 15, 29),
         processes=True,
         dtype="bfloat16",

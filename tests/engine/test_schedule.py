@@ -19,6 +19,11 @@ def test_edits_are_the_same_at_every_chunk_size(lab: Lab, size: int) -> None:
     checks.chunks(lab, size)
 
 
+@pytest.mark.parametrize("size", [17, 64])
+def test_what_needs_a_whole_dictionary_is_the_same_at_every_chunk_size(lab: Lab, size: int) -> None:
+    checks.chunks(lab, size, checks.WHOLE)
+
+
 def test_a_last_chunk_of_one_token_is_still_prompt(lab: Lab) -> None:
     checks.chunk_of_one(lab)
 

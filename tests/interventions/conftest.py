@@ -16,6 +16,7 @@ from interventions.errors import InterventionError
 from interventions.limits import Limits
 from interventions.spec import parse_inspect, parse_interventions
 from sae_weights.sae import SAE, Hook
+from tests.engine.dictionaries import WHOLE, random_sae
 
 D, N = 16, 40
 PIECES = ["a", "b", "ab", " ab", "c", " ", "Paris", " Paris", " Lond", "on", "Lond", "é", " c", "d"]
@@ -36,6 +37,8 @@ def make_sae(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random)
 
+    if architecture in WHOLE:
+        return random_sae(architecture, d, n=n, layer=layer, input_norm=input_norm, encoder=1.0, decoder=1.0, seed=seed)
     if architecture == "gated":
         gate = {"b_gate": 0.3 * normal(n), "b_mag": 0.3 * normal(n), "r_mag": 0.2 * normal(n)}
     else:
@@ -105,6 +108,11 @@ def saes() -> dict[str, SAE]:
     found["rescaled"] = make_sae("jumprelu", seed=7, input_norm="constant_norm_rescale")
     found["layer_norm"] = make_sae("relu", seed=8, input_norm="layer_norm")
     found["topk_layer_norm"] = make_sae("topk", seed=9, input_norm="layer_norm")
+    found["unit_norm"] = make_sae("jumprelu", seed=10, input_norm="unit_norm")
+    found["centre"] = make_sae("gated", seed=11, input_norm="centre")
+    found |= {name: make_sae(name, seed=20 + i) for i, name in enumerate(WHOLE)}
+    found["polysae_unit_norm"] = make_sae("polysae", seed=12, input_norm="unit_norm")
+    found["stand-in"] = make_sae("topk", seed=13).thresholded(0.7)
     return found
 
 

@@ -147,6 +147,32 @@ def test_topk_latents_are_members_of_a_full_encode(compiled):
     assert compiled(SET).needs_full == frozenset()
 
 
+def test_latents_of_a_non_additive_decoder_are_edited_jointly(compiled, refused, server):
+    result = compiled(edit({"index": 3, "op": "ablate"}, {"index": 5, "op": "set", "value": 2}, sae="polysae"))
+    assert [channel.read for channel in result.program.layers[0].channels] == [ReadKind.JOINT, ReadKind.JOINT]
+    assert result.needs_full == {"polysae"}
+    error = refused(edit({"index": 3, "op": "set", "value": 1e7}, sae="polysae"))
+    assert (error.code, error.param) == ("invalid_intervention", "interventions[0]")
+    server.saes["polysae"].full_encode = False
+    error = refused(edit({"index": 3, "op": "ablate"}, sae="polysae"))
+    assert "its decoder is not additive" in error.message
+    assert "--full-encode polysae" in error.message
+    assert "--approximate" not in error.message
+
+
+def test_a_stand_in_is_edited_row_by_row_and_says_that_it_is_one(compiled, server):
+    server.saes["stand-in"].full_encode = False
+    spec = edit({"index": 3, "op": "ablate"}, sae="stand-in")
+    along = {"type": "steer", "sae": "stand-in", "feature": 3}
+    inspect = [{"sae": "stand-in", "features": [1]}, {"sae": "relu", "features": [1]}]
+    result = compiled(spec, SET, along, inspect=inspect)
+    latent = next(channel for channel in result.program.layers[0].channels if channel.read is ReadKind.LATENT)
+    assert latent.row.split(":")[1] in {one.sae.digest for one in server.saes.values()}
+    assert [entry.approximate for entry in result.entries] == [True, False, False]
+    assert result.inspect_approximate == (True, False)
+    assert digest_of(compiled, spec) != digest_of(compiled, {**spec, "sae": "topk"})
+
+
 # digests -------------------------------------------------------------------------------------------------------------
 
 
@@ -380,11 +406,13 @@ def test_topk_edits_without_the_full_encode_path_name_the_flag(refused, compiled
     error = refused(edit({"index": 1, "op": "ablate"}, sae="topk"))
     assert (error.code, error.param) == ("invalid_intervention", "interventions[0].sae")
     assert "--full-encode topk" in error.message
+    assert "--approximate topk" in error.message
     error = refused(inspect={"sae": "topk", "features": [1]})
     assert (error.code, error.param) == ("invalid_inspection", "inspect.sae")
     error = refused(inspect={"sae": "jumprelu", "top_k": 1})
     assert (error.code, error.param) == ("invalid_inspection", "inspect.top_k")
     assert "--full-encode jumprelu" in error.message
+    assert "--approximate" not in error.message
     assert compiled(SET, inspect={"sae": "jumprelu", "features": [1]}).needs_full == frozenset()
 
 

@@ -13,10 +13,14 @@ from interventions.oracle import LayerResult, edit_layer, read_latents, row_sour
 from interventions.program import Channel, LayerProgram, Op, ReadKind, feature_key
 from interventions.selectors import Selector
 from sae_weights.sae import SAE
+from tests.engine.dictionaries import WHOLE
 
 D, N_TOKENS, PROMPT_LEN = 16, 24, 15
 RAMP = [float(i - 5) for i in range(D)]
-NAMES = ["relu", "jumprelu", "gated", "topk", "batchtopk", "rescaled", "layer_norm", "topk_layer_norm"]
+NAMES = [
+    "relu", "jumprelu", "gated", "topk", "batchtopk", "rescaled", "layer_norm", "topk_layer_norm", "unit_norm", "centre",
+    *WHOLE, "polysae_unit_norm", "stand-in",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -41,6 +45,7 @@ def run(compiled, saes, h):
             lambda digest: by_digest[digest].encode(h),
             program.max_dose,
             program.refuse_over_dose,
+            lambda digest, z, edited: by_digest[digest].delta(h, z, edited),
         )
 
     return execute
@@ -128,7 +133,7 @@ def test_a_lower_clamp_bound_above_zero_wakes_a_latent(run, saes, h):
     torch.testing.assert_close(result.delta[asleep], expected)
 
 
-@pytest.mark.parametrize("name", ["topk", "topk_layer_norm"])
+@pytest.mark.parametrize("name", ["topk", "topk_layer_norm", "abstopk", "groupmax", "plain_topk"])
 def test_editing_one_topk_latent_never_evicts_or_admits_another(run, saes, h, name):
     sae = saes[name]
     z = sae.encode(h)
@@ -148,6 +153,75 @@ def test_topk_activity_is_membership_with_a_nonzero_value(run, saes, h):
     assert (positive & ~member).any(), "some token has a positive pre-activation without membership"
     result = run(edit("topk", op(i, "set", value=1.0, only_if_active=True)))
     assert torch.equal(result.fired != 0, member)
+
+
+@pytest.mark.parametrize("name", ["abstopk", "itda", "vsae"])
+def test_a_negative_activation_is_an_active_one(run, saes, h, name):
+    z = saes[name].encode(h)
+    i = int((z < 0).sum(dim=0).argmax())
+    assert (z[:, i] < 0).any()
+    assert (z[:, i] == 0).any()
+    result = run(edit(name, op(i, "scale", value=3, only_if_active=True)))
+    assert torch.equal(result.fired != 0, z[:, i] != 0)
+    edited = z.clone()
+    edited[:, i] *= 3
+    torch.testing.assert_close(result.delta, dense(saes[name], h, edited), rtol=1e-4, atol=1e-5)
+
+
+# decoders that are not additive --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["polysae", "polysae_unit_norm"])
+def test_edits_of_a_non_additive_decoder_are_one_delta_of_all_of_them(run, saes, h, name):
+    """Not the sum of what each does alone: the products of two edited latents are in it."""
+    sae = saes[name]
+    z = sae.encode(h)
+    i, j = z.mean(dim=0).argsort(descending=True)[:2].tolist()
+    edited = z.clone()
+    edited[:, i], edited[:, j] = 3 * z[:, i], 2.0
+    one, two = edit(name, op(i, "scale", value=3)), edit(name, op(j, "set", value=2))
+    both = run(one, two)
+    torch.testing.assert_close(both.delta, dense(sae, h, edited), rtol=1e-4, atol=1e-5)
+    apart = run(one).delta + run(two).delta
+    assert ((both.delta - apart).norm(dim=-1) > 0.05 * both.delta.norm(dim=-1)).any()
+    fired = [(1 if z[t, i] != 0 else 0) | (2 if z[t, j] != 2 else 0) for t in range(N_TOKENS)]
+    assert both.fired.tolist() == fired
+
+
+def test_a_non_additive_decoder_composes_ops_in_request_order_on_their_own_tokens(run, saes, h):
+    sae = saes["polysae"]
+    z = sae.encode(h)
+    i = feature_with_both(sae, h)
+    first = edit("polysae", op(i, "set", value=1), tokens="prompt")
+    second = edit("polysae", op(i, "add", value=3, only_if_active=True), tokens={"from": 10, "to": 20})
+    x = z[:, i].clone()
+    x[:PROMPT_LEN] = 1
+    x[10:20] += 3 * (z[10:20, i] != 0)
+    edited = z.clone()
+    edited[:, i] = x
+    result = run(first, second)
+    torch.testing.assert_close(result.delta, dense(sae, h, edited), rtol=1e-4, atol=1e-5)
+    assert not result.written[20:].any()
+    assert torch.equal(result.written, x != z[:, i])
+
+
+def test_a_non_additive_edit_that_is_undone_leaves_every_bit(run, saes, h):
+    i = feature_with_both(saes["polysae"], h)
+    double, halve = edit("polysae", op(i, "scale", value=2)), edit("polysae", op(i, "scale", value=0.5))
+    result = run(double, halve)
+    assert not result.written.any()
+    assert (result.fired == 0).all()
+
+
+def test_a_dose_bound_holds_for_the_sum_with_a_non_additive_delta(run, server):
+    specs = edit("polysae", op(1, "set", value=4), op(2, "set", value=4)), STEER, edit("relu", op(1, "set", value=3))
+    free = run(*specs)
+    server.max_dose = float(free.dose.median())
+    result = run(*specs)
+    excess = free.dose > np.float32(server.max_dose)
+    assert torch.equal(result.clamped, excess)
+    torch.testing.assert_close(result.dose, free.dose.clamp(max=server.max_dose))
+    torch.testing.assert_close(torch.cosine_similarity(result.delta, free.delta), torch.ones(N_TOKENS))
 
 
 # composition ---------------------------------------------------------------------------------------------------------
@@ -358,11 +432,12 @@ def test_written_tokens_are_rounded_once_to_the_models_dtype(run, h):
     assert torch.equal(edited[:PROMPT_LEN], (low.float() + result.delta).bfloat16()[:PROMPT_LEN])
 
 
-def test_a_member_channel_needs_the_full_encode(compiled, saes, h):
-    program = compiled(edit("topk", op(1, "ablate"))).program
+@pytest.mark.parametrize(("name", "missing"), [("topk", "whole dictionary"), ("polysae", "all its activations")])
+def test_a_member_channel_needs_the_full_encode(compiled, saes, h, name, missing):
+    program = compiled(edit(name, op(1, "ablate"))).program
     selected = torch.ones(len(program.selectors), N_TOKENS, dtype=torch.bool)
-    with pytest.raises(ValueError, match="whole dictionary"):
-        edit_layer(h, program.layers[0], selected, row_source({}, {saes["topk"].digest: saes["topk"]}))
+    with pytest.raises(ValueError, match=missing):
+        edit_layer(h, program.layers[0], selected, row_source({}, {saes[name].digest: saes[name]}))
 
 
 def test_an_unknown_row_is_an_error_not_an_edit(compiled, h):
