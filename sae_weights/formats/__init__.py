@@ -10,20 +10,27 @@ from sae_weights.errors import SAEFormatError
 from sae_weights.sae import SAE
 
 from .base import Format, Hints, Origin
+from .bussmann import Bussmann
 from .circuit_tracer import CircuitTracer
 from .clt import CLT
 from .connor_rob import ConnorRob
+from .crosscoder_model_diff import CrosscoderModelDiff
 from .dictionary_learning import DictionaryLearning
+from .e2e import EndToEndSAE
 from .gemma_scope import GemmaScope
 from .gemma_scope_2 import GemmaScope2
 from .goodfire import Goodfire
+from .itda import ITDADictionary
 from .llama_scope import LlamaScope
 from .llama_scope_r1 import LlamaScopeR1
 from .llamascopium import Llamascopium
 from .native import Native, save_native
+from .openai_gpt2 import OpenAIGPT2
+from .polysae import PolySAEFolder
 from .qwen_scope import QwenScope
 from .saelens import SAELens, save_saelens
 from .sparsify import Sparsify
+from .top_afa import TopAFASAE
 
 FORMATS: tuple[Format, ...] = (
     Native(),
@@ -39,6 +46,13 @@ FORMATS: tuple[Format, ...] = (
     CLT(),
     DictionaryLearning(),
     Sparsify(),
+    TopAFASAE(),
+    Bussmann(),
+    ITDADictionary(),
+    PolySAEFolder(),
+    CrosscoderModelDiff(),
+    EndToEndSAE(),
+    OpenAIGPT2(),
     SAELens(),
 )
 """In the order in which they are asked whether a path is theirs; SAELens, whose test is the loosest, last."""
@@ -68,6 +82,11 @@ def load_sae(
     found = _named(format) if format else recognise(place)
     try:
         sae = found.open(place, hints)
+    except SAEFormatError as error:
+        # What does not fit may show only where parts meet, which know of no file.
+        if str(place) in str(error):
+            raise
+        raise SAEFormatError(f"{place}: {error}") from error
     except (RecursionError, UnicodeDecodeError, MemoryError) as error:
         raise SAEFormatError(f"{place}: cannot be read as {found.title} ({type(error).__name__})") from error
     except OSError as error:
