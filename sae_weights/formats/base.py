@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sae_weights.errors import SAEFormatError
 from sae_weights.hook import Hook, parse_hook_name
 
+from .fields import shown
+
 if TYPE_CHECKING:
     from sae_weights.sae import SAE
 
@@ -27,6 +29,7 @@ class Hints:
         groups: how many groups of a Matryoshka dictionary to take.
         threshold: read a TopK-like dictionary as a JumpReLU with this threshold (an approximation).
         model_name: the model that it belongs to; joins the metadata.
+        overrides: fields of its config that are missing or wrong, by what SAELens' registry knows (SAELens only).
     """
 
     hook: str | None = None
@@ -36,6 +39,7 @@ class Hints:
     groups: int | None = None
     threshold: float | None = None
     model_name: str | None = None
+    overrides: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The ones that are given."""
@@ -112,7 +116,7 @@ class Format(ABC):
         found = {who: parse_hook_name(name) for who, name in given.items() if name}
         for who, hook in found.items():
             if hook is None and who == "the given hook":
-                raise SAEFormatError(f"hook: {hints.hook!r}; expected one like 'blocks.15.hook_resid_post'")
+                raise SAEFormatError(f"hook: {shown(hints.hook)}; expected one like 'blocks.15.hook_resid_post'")
         known = [hook for hook in found.values() if hook is not None]
         if len({hook.edit_layer for hook in known}) > 1:
             told = " and ".join(f"{who} {given[who]!r}" for who in found)

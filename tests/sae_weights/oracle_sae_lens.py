@@ -14,14 +14,26 @@ from pathlib import Path
 
 import torch
 from sae_lens import SAE
+from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-from safetensors.torch import save_file
+from sae_lens.saes.transcoder import (
+    JumpReLUSkipTranscoder,
+    JumpReLUSkipTranscoderConfig,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
+from safetensors.torch import load_file, save_file
 
 D, N, TOKENS, K = 24, 96, 40, 7
 INPUT_SCALE = 0.37
@@ -32,6 +44,20 @@ INFERENCE = {
     "gated": (GatedSAE, GatedSAEConfig, {}),
     "topk": (TopKSAE, TopKSAEConfig, {"k": K}),
     "topk-rescaled": (TopKSAE, TopKSAEConfig, {"k": K, "rescale_acts_by_decoder_norm": True}),
+    "abstopk": (AbsTopKSAE, AbsTopKSAEConfig, {"k": K}),
+    "abstopk-rescaled": (AbsTopKSAE, AbsTopKSAEConfig, {"k": K, "rescale_acts_by_decoder_norm": True}),
+}
+PURSUIT = {
+    "threshold": {"residual_threshold": 0.6},
+    "iterations": {"residual_threshold": 0.0, "max_iterations": 9, "stop_on_duplicate_support": False},
+    "support": {"residual_threshold": 1e-3},
+}
+D_OUT = 18
+TRANSCODERS = {
+    "transcoder": (Transcoder, TranscoderConfig, {}),
+    "skip_transcoder": (SkipTranscoder, SkipTranscoderConfig, {}),
+    "jumprelu_transcoder": (JumpReLUTranscoder, JumpReLUTranscoderConfig, {}),
+    "jumprelu_skip_transcoder": (JumpReLUSkipTranscoder, JumpReLUSkipTranscoderConfig, {}),
 }
 TRAINING = {
     "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {}),
@@ -49,9 +75,9 @@ def randomise(sae, generator):
     return sae
 
 
-def build(kinds, name, generator, hook="blocks.3.hook_resid_post", **settings):
+def build(kinds, name, generator, hook="blocks.3.hook_resid_post", told=None, **settings):
     sae_class, config_class, own = kinds[name]
-    metadata = SAEMetadata(model_name="tiny", hook_name=hook)
+    metadata = SAEMetadata(model_name="tiny", hook_name=hook, **(told or {}))
     return randomise(sae_class(config_class(d_in=D, d_sae=N, metadata=metadata, **(own | settings))), generator)
 
 
@@ -64,7 +90,7 @@ def inputs(generator):
 @torch.no_grad()
 def answer(sae, folder, x):
     f = sae.encode(x)
-    answers = {"x": x, "f": f, "x_hat": sae.decode(f)}
+    answers = {"x": x, "f": f, "x_hat": sae(x) if hasattr(sae, "W_skip") else sae.decode(f)}
     save_file({name: tensor.contiguous() for name, tensor in answers.items()}, folder / "answers.safetensors")
 
 
@@ -90,6 +116,30 @@ def make_theirs(root, generator):
         for part in ("training", "inference"):
             answer(sae, folder / part, x)
 
+    for name, norm, subtract in itertools.product(PURSUIT, NORMS[:3], (True, False)):
+        folder = root / f"pursuit-{name}.{norm}.{'centred' if subtract else 'plain'}"
+        kinds = {name: (MatchingPursuitSAE, MatchingPursuitSAEConfig, PURSUIT[name])}
+        sae = build(kinds, name, generator, normalize_activations=norm, apply_b_dec_to_input=subtract)
+        sae.W_dec.data /= sae.W_dec.data.norm(dim=-1, keepdim=True)
+        sae.save_model(folder)
+        answer(SAE.load_from_disk(folder), folder, inputs(generator))
+
+    places = {"hook_name_out": "blocks.3.hook_mlp_out"}
+    for name, d_out in itertools.product(TRANSCODERS, (D, D_OUT)):
+        settings = {"d_out": d_out, "apply_b_dec_to_input": False}
+        folder = root / f"{name}.{d_out}"
+        build(TRANSCODERS, name, generator, "blocks.3.ln2.hook_normalized", places, **settings).save_model(folder)
+        answer(SAE.load_from_disk(folder), folder, inputs(generator))
+
+    # On the centred model that it was trained on, this one sees x without its mean and writes to a stream without it.
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    folder, x = root / "centred-model", inputs(generator)
+    build(INFERENCE, "standard", generator, "blocks.3.hook_resid_pre", kwargs).save_model(folder)
+    mean = x.mean(dim=-1, keepdim=True)
+    answer(SAE.load_from_disk(folder), folder, x - mean)
+    answers = load_file(folder / "answers.safetensors")
+    save_file({**answers, "x": x, "x_hat": answers["x_hat"] + mean}, folder / "answers.safetensors")
+
     heads = build(INFERENCE, "jumprelu", generator, hook="blocks.2.attn.hook_z", reshape_activations="hook_z")
     heads.save_model(root / "hook_z")
     answer(SAE.load_from_disk(root / "hook_z"), root / "hook_z", inputs(generator).reshape(TOKENS, 3, D // 3))
@@ -102,7 +152,13 @@ def main():
     make_theirs(work / "theirs", generator)
     for folder in sorted((work / "ours").iterdir()):
         sae = SAE.load_from_disk(folder)
-        answer(sae, folder, inputs(generator)[:, : sae.cfg.d_in])
+        x = inputs(generator)[:, : sae.cfg.d_in]
+        # What a centred dictionary is given by the model that its metadata asks for.
+        kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+        mean = x.mean(dim=-1, keepdim=True) * bool(kwargs.get("center_writing_weights"))
+        answer(sae, folder, x - mean)
+        answers = load_file(folder / "answers.safetensors")
+        save_file({**answers, "x": x, "x_hat": answers["x_hat"] + mean}, folder / "answers.safetensors")
 
 
 if __name__ == "__main__":

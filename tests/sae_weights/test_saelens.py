@@ -34,7 +34,7 @@ def tensors(n=16, d=6, **more):
     return {name: tensor for name, tensor in (base | more).items() if tensor is not None}
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated", "topk", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated", "topk", "batchtopk", "abstopk", "matryoshka"])
 @pytest.mark.parametrize("input_norm", ["none", "constant_norm_rescale", "layer_norm"])
 def test_what_is_written_is_read_back_bit_for_bit(make_sae, tmp_path, architecture, input_norm):
     sae = make_sae(architecture, input_norm=input_norm, metadata={"model_name": "tiny", "median_norm": 170.5})
@@ -43,8 +43,8 @@ def test_what_is_written_is_read_back_bit_for_bit(make_sae, tmp_path, architectu
     assert torch.equal(again.encode(x), sae.encode(x))
     assert torch.equal(again.decode_for(x, sae.encode(x)), sae.decode_for(x, sae.encode(x)))
     assert (again.hook, again.input_norm, again.k, again.digest) == (sae.hook, input_norm, sae.k, sae.digest)
-    # SAELens has no BatchTopK at inference: it is written as the JumpReLU that it computes.
-    assert again.architecture == {"batchtopk": "jumprelu"}.get(architecture, architecture)
+    # SAELens has no BatchTopK at inference, nor groups: they are written as the JumpReLU that they compute.
+    assert again.architecture == {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}.get(architecture, architecture)
     assert {name: again.metadata[name] for name in ("model_name", "median_norm", "note", "max_activation")} == {
         "model_name": "tiny",
         "median_norm": 170.5,
@@ -91,7 +91,7 @@ def record(seen, name, tensor):
 
 @pytest.mark.parametrize("transpose_bytes", [0, 256 << 20])
 def test_opening_reads_vectors_and_rows_read_rows(tmp_path, reads, monkeypatch, transpose_bytes):
-    monkeypatch.setattr("sae_weights.formats.saelens._TRANSPOSE_BYTES", transpose_bytes)
+    monkeypatch.setattr("sae_weights.formats.layout.TRANSPOSE_BYTES", transpose_bytes)
     folder = write(tmp_path, tensors(n=400), apply_b_dec_to_input=True)
     sae = load_sae(folder)
     assert {name for name, _ in reads} == {"b_enc", "b_dec"}
@@ -109,7 +109,7 @@ def test_opening_reads_vectors_and_rows_read_rows(tmp_path, reads, monkeypatch, 
 @pytest.mark.parametrize("transpose_bytes", [0, 256 << 20])
 def test_rows_are_the_same_however_they_are_read(tmp_path, monkeypatch, dtype, transpose_bytes):
     stored = {name: tensor.to(dtype) for name, tensor in tensors(n=40).items()}
-    monkeypatch.setattr("sae_weights.formats.saelens._TRANSPOSE_BYTES", transpose_bytes)
+    monkeypatch.setattr("sae_weights.formats.layout.TRANSPOSE_BYTES", transpose_bytes)
     sae = load_sae(write(tmp_path, stored))
     rows = sae.rows([39, 0, 7])
     assert torch.equal(rows.encoder, stored["W_enc"].T[[39, 0, 7]].float())

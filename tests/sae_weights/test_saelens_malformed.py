@@ -53,7 +53,8 @@ MISSING = object()
     [
         ("architecture", MISSING, "field 'architecture' is missing; expected one of standard, jumprelu"),
         ("architecture", "jumpreluu", r"field 'architecture' is 'jumpreluu'.*did you mean 'jumprelu'"),
-        ("architecture", "transcoder", "field 'architecture' is 'transcoder'; expected one of"),
+        ("architecture", "transcoder", "field 'd_out' is missing; expected a whole number"),
+        ("architecture", "temporal", "'temporal', which is refused: it attends over all earlier tokens"),
         ("architecture", ["gated"], r"field 'architecture' is \['gated'\]; expected one of"),
         ("d_in", MISSING, "field 'd_in' is missing; expected a whole number"),
         ("d_in", "4", "field 'd_in' is '4'; expected a whole number"),
@@ -65,7 +66,11 @@ MISSING = object()
         ("apply_b_dec_to_input", "yes", "field 'apply_b_dec_to_input' is 'yes'; expected true or false"),
         ("normalize_activations", "rms", "field 'normalize_activations' is 'rms'; expected one of none"),
         ("normalize_activations", "layernorm", "did you mean 'layer_norm'"),
-        ("normalize_activations", "covariance_whitening", "is 'covariance_whitening'; expected one of"),
+        (
+            "normalize_activations",
+            "covariance_whitening",
+            "is 'covariance_whitening'; expected one of .*Whitening stands in training checkpoints only",
+        ),
         ("reshape_activations", "hook_q", "field 'reshape_activations' is 'hook_q'; expected one of none, hook_z"),
         ("metadata", [], r"field 'metadata' is \[\]; expected an object"),
         ("metadata", {"sae_lens_version": "6.1"}, "metadata.hook_name missing; expected a hook of a layer"),
