@@ -20,6 +20,7 @@ from .hub import Fetched, fetch
 from .hub_path import SCHEME, HubPath
 from .registry import Entry, registry
 from .sae import SAE
+from .sidecar import read_sidecar
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
@@ -54,8 +55,9 @@ class Located:
         """The dictionary; ``hints`` win over the registry's. Raises SAEFormatError."""
         given = (hints or Hints()).as_dict()
         sae = load_sae(self.path, format=format, hints=replace(self.hints, **given))
-        if (provenance := self.provenance()) is not None:
-            sae.metadata = {**sae.metadata, "provenance": provenance}
+        provenance = self.provenance()
+        known = {} if provenance is None else {"provenance": provenance}
+        sae.metadata = {**sae.metadata, **read_sidecar(self.path), **known}
         return sae
 
 

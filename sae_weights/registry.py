@@ -25,6 +25,9 @@ from .formats.base import Hints
 FILE = "saelens.json.xz"
 SHIPPED = Path(__file__).parent / "registries" / FILE
 
+LONGEST_YAML = 64 << 20
+"""No file of SAELens' kind is longer (bytes); 6.54.12's has 1.5 MB."""
+
 _COLUMNS = ("path", "l0", "neuronpedia", "norm_scaling_factor", "variance_explained")
 _QWEN_K = re.compile(r"-L0_(\d+)$")
 _LAYER = re.compile(r"layer_(\d+)")

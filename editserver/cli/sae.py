@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from editserver.cli import sae_label
+from editserver.cli import sae_calibrate, sae_import, sae_inspect, sae_label, sae_list
 
-app = typer.Typer(help="Dictionaries (SAEs): list, inspect, train.", no_args_is_help=True)
+app = typer.Typer(help="Dictionaries (SAEs): find, inspect, import, calibrate, train, label.", no_args_is_help=True)
 console = Console()
-sae_label.register(app)
+for _command in (sae_list, sae_inspect, sae_import, sae_calibrate, sae_label):
+    _command.register(app)
 
 
 class Objective(StrEnum):
@@ -33,45 +34,6 @@ def parse_count(text: str) -> int:
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a number of tokens; write 5000000, 200k or 5M")
     return int(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()])
-
-
-@app.command("list")
-def list_bundled() -> None:
-    """List the dictionaries that ship with editserver."""
-    from sae_weights import bundled, resolve
-
-    table = Table("id", "architecture", "hook", "latents", "digest")
-    for name in bundled():
-        _, sae = resolve(name)
-        table.add_row(name, sae.architecture, str(sae.hook), str(sae.n_features), sae.digest[:12])
-    console.print(table)
-
-
-@app.command()
-def inspect(source: Annotated[str, typer.Argument(help="A bundled id or a SAELens folder.")]) -> None:
-    """Show what a dictionary is: architecture, hook, norms, digest."""
-    from sae_weights import SAEFormatError, resolve
-
-    try:
-        name, sae = resolve(source)
-    except SAEFormatError as error:
-        console.print(f"[red]{error}[/red]")
-        raise typer.Exit(2) from error
-    table = Table(show_header=False)
-    decoder = sae.W_dec.norm(dim=1)
-    edited = "not served" if sae.hook.edit_layer is None else f"decoder layer {sae.hook.edit_layer}"
-    for field, value in {
-        "id": name,
-        "architecture": sae.architecture + (f" (k = {sae.k})" if sae.k else ""),
-        "hook": f"{sae.hook} ({edited})",
-        "d_model × latents": f"{sae.d_model} × {sae.n_features}",
-        "input norm": sae.input_norm,
-        "edited row by row": "yes" if sae.row_separable else "no: needs the full-encode path",
-        "decoder norms": f"{float(decoder.min()):.3f} … {float(decoder.max()):.3f}",
-        "digest": sae.digest,
-    }.items():
-        table.add_row(field, value)
-    console.print(table)
 
 
 @app.command()
