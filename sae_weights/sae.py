@@ -99,6 +99,12 @@ class SAE:
             )
         if k is not None and not 1 <= k <= self.n_features:
             raise SAEFormatError(f"k: {k}; expected 1..{self.n_features} (the number of features)")
+        for name, beyond in source.gate_shapes.items():
+            if len(beyond) != (1 if name in self._form.gate_matrices else 0):
+                raise SAEFormatError(
+                    f"{source.label}: tensor {name} has shape {[self.n_features, *beyond]}; "
+                    f"expected {'[n_features, r]' if name in self._form.gate_matrices else '[n_features]'}"
+                )
         self._form.check(self.n_features, k, source.gate_shapes, self._extras, self.settings)
         if self.d_out != self.d_model and self.hook_out is None:
             raise SAEFormatError(

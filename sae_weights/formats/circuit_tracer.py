@@ -54,7 +54,6 @@ class CircuitTracer(Format):
     reference = "circuit-tracer 0.5.0, transcoder/single_layer_transcoder.py"
     architectures = ("relu", "jumprelu", "plain_topk")
     edited = False
-    edited = False
 
     def recognises(self, path: Path) -> bool:
         try:
@@ -67,6 +66,8 @@ class CircuitTracer(Format):
     def open(self, path: Path, hints: Hints) -> SAE:
         weights, layer = one_layer(path, "layer", hints)
         file = TensorFile(weights)
+        file.require("b_enc")
+        n = (file.shapes["b_enc"] or [0])[0]
         config, hook, hook_out = hooks_of(self, weights, layer, hints)
         activation = None if config.content.get("activation") is None else config.choice("activation", _ACTIVATIONS)
         gate: dict[str, str | Tensor] = {"b_enc": "b_enc"}
@@ -82,7 +83,7 @@ class CircuitTracer(Format):
             encoder=Matrix("W_enc"),
             decoder=Matrix("W_dec"),
             b_dec="b_dec",
-            gate=gate if architecture != "jumprelu" else gate | {"threshold": thresholds(file, THRESHOLD)},
+            gate=gate if architecture != "jumprelu" else gate | {"threshold": thresholds(file, THRESHOLD, n)},
             extras={"W_skip": "W_skip"} if "W_skip" in file.shapes else {},
             ignore=[THRESHOLD] if architecture == "jumprelu" else [],
             what=f"a {architecture} transcoder",
@@ -163,11 +164,10 @@ def hooks_of(one: Format, weights: Path, layer: int, hints: Hints) -> tuple[Fiel
     return config, hook, None if hook_out == hook else hook_out
 
 
-def thresholds(file: TensorFile, name: str) -> Tensor:
+def thresholds(file: TensorFile, name: str, n: int) -> Tensor:
     """The thresholds [n] of a JumpReLU that is p · 1[p > θ]; raises SAEFormatError where a ReLU would differ from it."""
-    file.require(name)
-    theta = file.tensor(name)
-    theta = theta.squeeze(0) if theta.ndim == 2 and theta.shape[0] == 1 else theta
+    file.require(name, [n], [1, n])
+    theta = file.tensor(name).flatten()
     if bool((theta < 0).any()):
         raise SAEFormatError(
             f"{file.path}: tensor {name!r} has negative values, below which this JumpReLU lets negative activations pass"

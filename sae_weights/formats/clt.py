@@ -45,7 +45,6 @@ class CLT(Format):
     reference = "circuit-tracer 0.5.0, transcoder/cross_layer_transcoder.py"
     architectures = ("relu", "jumprelu")
     edited = False
-    edited = False
 
     def recognises(self, path: Path) -> bool:
         try:
@@ -81,7 +80,7 @@ class CLTRows:
     recorded_digest: str | None = None
 
     def __init__(self, weights: Path, layer: int) -> None:
-        self.label = str(weights)
+        self.label = f"{weights} (with W_dec_{layer}.safetensors)"
         self._layer = layer
         self._encoder = TensorFile(weights)
         self._decoder = TensorFile(weights.parent / f"W_dec_{layer}.safetensors")
@@ -99,8 +98,7 @@ class CLTRows:
         self._encoder.require(b_dec, [d])
         self._gate = {"b_enc": self._encoder.tensor(bias)}
         if threshold in self._encoder.shapes:
-            self._encoder.require(threshold, [n], [1, n])
-            self._gate["threshold"] = thresholds(self._encoder, threshold)
+            self._gate["threshold"] = thresholds(self._encoder, threshold, n)
         refuse_others(self._encoder, {self._W_enc, bias, b_dec, threshold}, "a layer of a CLT")
         refuse_others(self._decoder, {self._W_dec}, "a layer of a CLT")
         self.gate_shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(self._gate, ())

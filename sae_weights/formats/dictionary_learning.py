@@ -52,7 +52,7 @@ from .layout import Matrix, TensorRows
 from .nested_fields import NestedFields
 from .pickled import PickledFile
 from .tensor_file import TensorFile
-from .tensors import Tensors, shown
+from .tensors import Tensors, shown, whole_number
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "ae.pt"
@@ -198,6 +198,7 @@ def _open(
         file.require("threshold", [], [n])
         gate["threshold"] = file.tensor("threshold").float().expand(n)
     elif "threshold" in file.shapes:
+        file.require("threshold", [])
         metadata["threshold"] = float(file.tensor("threshold"))
     if name == "BatchTopKSAE" and (normaliser := _normaliser(file, d)) is not None:
         mean, g = normaliser
@@ -239,7 +240,7 @@ def latents_per_token(file: Tensors, trainer: NestedFields, hints: Hints) -> int
     """k of the checkpoint, of its config and as hinted, which must agree; None where nobody says."""
     said: dict[str, int] = {}
     if "k" in file.shapes:
-        said[f"{file.path}: tensor 'k'"] = int(file.tensor("k"))
+        said[f"{file.path}: tensor 'k'"] = whole_number(file, "k")
     if "k" in trainer.content:
         said[f"{trainer.path}: field 'k'"] = trainer.count("k")
     if hints.k is not None:

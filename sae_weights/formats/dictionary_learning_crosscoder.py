@@ -36,7 +36,7 @@ from sae_weights.sae import SAE
 
 from .base import Format, Hints
 from .nested_fields import NestedFields
-from .tensors import Tensors, refuse_others
+from .tensors import Tensors, refuse_others, whole_number
 
 CROSSCODERS = ("CrossCoder", "BatchTopKCrossCoder")
 _CODE = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DECOUPLED"}
@@ -84,7 +84,7 @@ def open_crosscoder(
     gate: dict[str, Tensor] = {}
     if name == "BatchTopKCrossCoder":
         gate["threshold"] = _threshold(file, W_dec, trainer)
-        metadata["k"] = int(file.tensor("k")) if "k" in file.shapes else trainer.content.get("k")
+        metadata["k"] = whole_number(file, "k") if "k" in file.shapes else trainer.content.get("k")
     if (normaliser := _normaliser(file, places, d)) is not None:
         mean, g = normaliser
         W_enc = W_enc * g[:, None]

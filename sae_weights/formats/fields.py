@@ -72,7 +72,7 @@ class Fields:
     def wrong(self, field: str, expected: str) -> SAEFormatError:
         """The error for a field that is not what was expected."""
         given = shown(self.content[field]) if field in self.content else "missing"
-        return SAEFormatError(f"{self.path}: field {field!r} is {given}; expected {expected}")
+        return SAEFormatError(f"{self.path}: field {shown(field)} is {given}; expected {expected}")
 
 
 def shown(value: Any) -> str:

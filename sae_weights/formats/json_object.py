@@ -17,7 +17,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise SAEFormatError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise SAEFormatError(f"{path}: not UTF-8 text ({error})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also: whole numbers of more digits than Python reads
         raise SAEFormatError(f"{path}: not JSON ({error})") from error
     except OSError as error:
         raise SAEFormatError(f"{path}: cannot be read ({error.strerror})") from error

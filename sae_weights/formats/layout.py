@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sae_weights.architectures import ARCHITECTURES
 from sae_weights.errors import SAEFormatError
 from sae_weights.folding import Block
 from sae_weights.source import Rows
 
 from .tensors import Tensors, refuse_others
 
+_GATE_MATRICES = {name for form in ARCHITECTURES.values() for name in form.gate_matrices}
 # Up to this size a matrix whose rows are strided on disk is read and transposed once instead of column by column.
 TRANSPOSE_BYTES = 256 << 20
 
@@ -64,7 +66,7 @@ class TensorRows:
                     f"{file.path}: tensor {encoder.name!r} has {n} features and {decoder.name!r} has {self.n_features}"
                 )
         n = self.n_features
-        self._gate = {name: self._vector(source, n) for name, source in gate.items()}
+        self._gate = {name: self._vector(name, source, n) for name, source in gate.items()}
         self.b_dec = decoder_bias(file, b_dec, self.d_out)
         self.extras = {name: self._extra(source) for name, source in (extras or {}).items()}
         if (skip := self.extras.get("W_skip")) is not None and list(skip.shape) != [self.d_out, self.d_model]:
@@ -94,17 +96,14 @@ class TensorRows:
             raise SAEFormatError(f"{self.label}: tensor {matrix.name!r} has shape {shape}; expected {form}")
         return (shape[1], shape[0]) if matrix.transposed else (shape[0], shape[1])
 
-    def _vector(self, source: str | Tensor, n: int) -> Tensor:
+    def _vector(self, name: str, source: str | Tensor, n: int) -> Tensor:
         if isinstance(source, str):
             self._file.require(source)
-            if self._file.shapes[source][:1] != [n]:
-                raise SAEFormatError(
-                    f"{self.label}: tensor {source!r} has shape {self._file.shapes[source]}; expected {[n]}"
-                )
-            return self._file.tensor(source)
-        if source.shape[:1] != (n,):
-            raise SAEFormatError(f"{self.label}: a vector of shape {list(source.shape)}; expected {[n]}")
-        return source
+        shape = self._file.shapes[source] if isinstance(source, str) else list(source.shape)
+        if shape[:1] != [n] or (len(shape) > 1 and name not in _GATE_MATRICES):
+            called = repr(source) if isinstance(source, str) else name
+            raise SAEFormatError(f"{self.label}: tensor {called} has shape {shape}; expected {[n]}")
+        return self._file.tensor(source) if isinstance(source, str) else source
 
     def _extra(self, source: str | Tensor) -> Tensor:
         if isinstance(source, str):

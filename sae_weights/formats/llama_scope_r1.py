@@ -52,7 +52,8 @@ class LlamaScopeR1(Format):
         try:
             return _THRESHOLD in TensorFile(path / WEIGHTS_FILE).shapes
         except SAEFormatError:
-            return False
+            # Unreadable weights: the config still says whose they are, and the error will name the file.
+            return _is_ours(path / CONFIG_FILE)
 
     def open(self, path: Path, hints: Hints) -> SAE:
         config = Fields(path / CONFIG_FILE, read_json_object(path / CONFIG_FILE))
@@ -69,3 +70,11 @@ class LlamaScopeR1(Format):
         return open_linear(
             self, path, hints, config, file, scales, threshold, model=MODEL, ignore=[_THRESHOLD, *stored]
         )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        config = read_json_object(path)
+    except SAEFormatError:
+        return False
+    return "hook_point_in" in config and "sae_type" not in config

@@ -70,6 +70,7 @@ LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 NORM_PREFIX = "dataset_average_activation_norm."
 ACTIVATIONS = ("relu", "jumprelu", "topk", "batchtopk")
 NORMS = ("dataset-wise", "inference", "token-wise")
+_TYPES = ("sae", "crosscoder", "clt")
 _REFUSED_TYPES = {
     "lorsa": ARCHITECTURES["lorsa"].why_not,
     "molt": "its latents switch linear maps of the input on and off, and have no decoder rows",
@@ -90,16 +91,21 @@ class Llamascopium(Format):
         if not path.is_dir():
             return False
         try:
-            config = read_json_object(path / CONFIG_FILE)
-            if config.get("sae_type") in _REFUSED_TYPES:
-                return True
+            kind = read_json_object(path / CONFIG_FILE).get("sae_type")
             weights = _weights_file(path)
-            if config.get("sae_type") not in ("sae", "crosscoder", "clt") or weights is None:
-                return False
-            # Older releases of the same authors have such a config too, with other tensors (encoder.weight …).
-            return weights.suffix == ".pt" or "W_E" in TensorFile(weights).shapes
         except (SAEFormatError, OSError):
             return False
+        if not isinstance(kind, str) or kind not in (*_TYPES, *_REFUSED_TYPES):
+            return False
+        if kind in _REFUSED_TYPES:
+            return True
+        try:
+            # Older releases of the same authors have such a config too, with other tensors (encoder.weight …).
+            return weights is not None and (
+                weights.suffix == ".pt" or "encoder.weight" not in TensorFile(weights).shapes
+            )
+        except SAEFormatError:
+            return True
 
     def open(self, path: Path, hints: Hints) -> SAE:
         fields = Fields(path / CONFIG_FILE, read_json_object(path / CONFIG_FILE))
@@ -108,7 +114,7 @@ class Llamascopium(Format):
             raise SAEFormatError(
                 f"{fields.path}: field 'sae_type' is {kind!r}, which is refused: {_REFUSED_TYPES[kind]}"
             )
-        kind = fields.choice("sae_type", ("sae", "crosscoder", "clt"))
+        kind = fields.choice("sae_type", _TYPES)
         if fields.content.get("apply_decoder_bias_to_pre_encoder"):
             raise fields.wrong("apply_decoder_bias_to_pre_encoder", "false, as in every release with tensors named W_E")
         weights = _weights_file(path)

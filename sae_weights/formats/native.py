@@ -27,6 +27,7 @@ from sae_weights.input_norm import INPUT_NORMS
 from sae_weights.sae import SAE
 
 from .base import Format, Hints
+from .fields import shown
 from .json_object import read_json_object
 from .layout import Matrix, TensorRows
 from .tensor_file import TensorFile
@@ -55,13 +56,13 @@ class Native(Format):
         config = read_json_object(place)
         if config.get("format") != "editserver-sae" or config.get("version") != VERSION:
             raise SAEFormatError(
-                f"{place}: field 'format'/'version' is {config.get('format')!r} {config.get('version')!r}; "
+                f"{place}: field 'format'/'version' is {shown(config.get('format'))} {shown(config.get('version'))}; "
                 f"expected 'editserver-sae' {VERSION}"
             )
         architecture = config.get("architecture")
-        if architecture not in ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise SAEFormatError(
-                f"{place}: field 'architecture' is {architecture!r}; expected one of {', '.join(sorted(ARCHITECTURES))}"
+                f"{place}: field 'architecture' is {shown(architecture)}; expected one of {', '.join(sorted(ARCHITECTURES))}"
             )
         file = TensorFile(path / WEIGHTS_FILE)
         gate = {name.removeprefix("gate."): name for name in file.shapes if name.startswith("gate.")}
@@ -91,9 +92,11 @@ class Native(Format):
         if not isinstance(settings, dict) or not isinstance(metadata, dict):
             raise SAEFormatError(f"{place}: fields 'settings' and 'metadata' are objects")
         if norm not in INPUT_NORMS:
-            raise SAEFormatError(f"{place}: field 'input_norm' is {norm!r}; expected one of {', '.join(INPUT_NORMS)}")
+            raise SAEFormatError(
+                f"{place}: field 'input_norm' is {shown(norm)}; expected one of {', '.join(INPUT_NORMS)}"
+            )
         if k is not None and (not isinstance(k, int) or isinstance(k, bool)):
-            raise SAEFormatError(f"{place}: field 'k' is {k!r}; expected a whole number")
+            raise SAEFormatError(f"{place}: field 'k' is {shown(k)}; expected a whole number")
         sidecar = read_json_object(path / SIDECAR_FILE) if (path / SIDECAR_FILE).exists() else {}
         return SAE(
             architecture=architecture,
@@ -274,7 +277,7 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _list(place: Path, config: Mapping[str, Any], field: str) -> list[Any]:
     value = config.get(field)
     if not isinstance(value, list) or not value:
-        raise SAEFormatError(f"{place}: field {field!r} is {value!r}; expected a list of hook names")
+        raise SAEFormatError(f"{place}: field {field!r} is {shown(value)}; expected a list of hook names")
     return value
 
 
@@ -282,6 +285,6 @@ def _hook(place: Path, field: str, name: Any) -> Hook:
     hook = parse_hook_name(name) if isinstance(name, str) else None
     if hook is None:
         raise SAEFormatError(
-            f"{place}: field {field!r} holds {name!r}; expected a hook like 'blocks.15.hook_resid_post'"
+            f"{place}: field {field!r} holds {shown(name)}; expected a hook like 'blocks.15.hook_resid_post'"
         )
     return hook

@@ -93,6 +93,10 @@ def _flatten(
         if isinstance(value, Tensor):
             if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
                 raise SAEFormatError(f"{path}: tensor {name!r} is sparse, quantised or elsewhere; expected a plain one")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise SAEFormatError(
+                    f"{path}: tensor {name!r} of shape {list(value.shape)} is larger than what is stored of it"
+                )
             tensors[name] = value.detach()
         elif isinstance(value, bool) or value is None or isinstance(value, str | list | tuple | set):
             others[name] = value

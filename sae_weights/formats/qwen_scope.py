@@ -77,6 +77,8 @@ class QwenScope(Format):
     def _chosen(self, folder: Path, hints: Hints) -> Path:
         """The one layer's file in a folder; where there are several, the one of the given hook."""
         files = _layer_files(folder)
+        if not files:
+            raise SAEFormatError(f"{folder}: holds no layerL.sae.pt")
         if len(files) == 1:
             return next(iter(files.values()))
         if hints.hook is not None:

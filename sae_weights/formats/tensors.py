@@ -48,6 +48,16 @@ def require(file: Tensors, name: str, shapes: Collection[list[int]]) -> None:
         )
 
 
+def whole_number(file: Tensors, name: str) -> int:
+    """A count that is stored among the tensors (k), of any dtype; raises SAEFormatError if it is none."""
+    shape = file.shapes[name]
+    value = float(file.tensor(name).double().sum()) if shape in ([], [1]) else None
+    if value is None or not value.is_integer() or value < 0:
+        given = f"has shape {shape}" if value is None else f"is {value:g}"
+        raise SAEFormatError(f"{file.path}: tensor {name!r} {given}; expected a whole number")
+    return int(value)
+
+
 def refuse_others(file: Tensors, known: Collection[str], what: str) -> None:
     """Raise SAEFormatError if the file holds a tensor that is none of ``known``: it could change the meaning."""
     for name in sorted(file.shapes):
