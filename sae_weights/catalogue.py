@@ -13,9 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .architectures import ARCHITECTURES
 from .errors import SAEFormatError
-from .formats import Hints, load_sae
+from .formats import FORMATS, Hints, load_sae
+from .formats.json_object import read_json_object
 from .formats.saelens import CONFIG_FILE
+from .formats.saelens_config import SCALED_INPUT
 from .hub import Fetched, fetch
 from .hub_path import SCHEME, HubPath
 from .registry import Entry, registry
@@ -54,11 +57,19 @@ class Located:
     def open(self, *, format: str | None = None, hints: Hints | None = None) -> SAE:
         """The dictionary; ``hints`` win over the registry's. Raises SAEFormatError."""
         given = (hints or Hints()).as_dict()
-        sae = load_sae(self.path, format=format, hints=replace(self.hints, **given))
+        sae = load_sae(self.path, format=format, hints=replace(self._known(), **given))
         provenance = self.provenance()
         known = {} if provenance is None else {"provenance": provenance}
         sae.metadata = {**sae.metadata, **read_sidecar(self.path), **known}
         return sae
+
+    def _known(self) -> Hints:
+        """The registry's hints. Its factor is for dictionaries that were trained on scaled inputs; others ignore it."""
+        config = self.path / CONFIG_FILE
+        if self.entry is None or self.entry.loader != "sae_lens" or not config.is_file():
+            return self.hints
+        stated = {**read_json_object(config), **(self.hints.overrides or {})}.get("normalize_activations")
+        return self.hints if stated in (SCALED_INPUT, True) else replace(self.hints, norm_scaling_factor=None)
 
 
 def bundled() -> list[str]:
@@ -123,8 +134,13 @@ def _id(typed: str) -> str:
 
 
 def _on_hub(name: str, where: HubPath, entry: Entry | None) -> Located:
+    if entry is not None and entry.loader in ARCHITECTURES and ARCHITECTURES[entry.loader].execution == "sequence":
+        raise SAEFormatError(f"{where}: not supported: {ARCHITECTURES[entry.loader].why_not}")
     fetched = fetch(where)
-    return Located(name, fetched.local, entry.hints() if entry is not None else Hints(), entry, fetched)
+    path, folder = fetched.local, fetched.snapshot / where.path
+    if folder.is_dir() and path != folder and any(one.recognises(folder) for one in FORMATS):
+        path = folder
+    return Located(name, path, entry.hints() if entry is not None else Hints(), entry, fetched)
 
 
 def _entry_at(where: HubPath) -> Entry | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Protocol
@@ -16,6 +17,8 @@ WEIGHTS = (
     "params.safetensors",
     "sae.safetensors",
     "ae.pt",
+    "sae.pt",
+    "cc_weights.pt",
     "checkpoints/final.safetensors",
     "latest_ckpt.safetensors",
     "atoms.pt",
@@ -40,6 +43,9 @@ CONFIGS = (
     "editserver.json",
 )
 """Configuration beside the weights or in a folder above: sparsify and circuit-tracer keep one per set of dictionaries."""
+
+TOGETHER = re.compile(r"params_layer_\d+\.safetensors")
+"""Files that are one dictionary together where they lie in one folder: Gemma Scope 2's crosscoders."""
 
 TENSORS = (".safetensors", ".npz", ".pt", ".pth")
 
@@ -117,6 +123,8 @@ def _weights(tree: Tree, folder: str, here: dict[str, Listed | None], where: Hub
     tensors = [file for name, file in here.items() if file is not None and name.endswith(TENSORS)]
     if len(tensors) == 1:
         return tensors[0].path, tensors
+    if tensors and all(TOGETHER.fullmatch(PurePosixPath(file.path).name) for file in tensors):
+        return folder, tensors
     names = sorted(PurePosixPath(file.path).name for file in tensors) or sorted(n for n, f in here.items() if f is None)
     shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
     if tensors:

@@ -8,6 +8,7 @@ cache by ``editserver sae registry --refresh``; the refreshed file wins.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import lzma
 import os
@@ -99,6 +100,7 @@ class Entry:
             k=int(k[1]) if k else None,
             norm_scaling_factor=self.norm_scaling_factor,
             model_name=self.model,
+            overrides=dict(self.overrides) if self.overrides and self.loader == "sae_lens" else None,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -198,7 +200,7 @@ class Registry:
             ids = list(self._at[name])
             near = difflib.get_close_matches(sae_id, ids, n=8 * count, cutoff=0.5) if sae_id else []
             # layer_20/…/average_l0_70 is nearer to layer_20/…/average_l0_71 than to layer_21/…/average_l0_70.
-            near.sort(key=lambda one: -len(os.path.commonprefix([one.split("/"), sae_id.split("/")])))
+            near.sort(key=lambda one: -_parts_in_common(one, sae_id))
             found += [f"{name}/{one}" for one in near or ids[:count]]
         return found[:count]
 
@@ -255,6 +257,12 @@ class Registry:
         if not isinstance(stated, dict) or not stated:
             raise SAEFormatError(f"{where}: expected a mapping of releases")
         return cls(version, {str(name): _release(where, str(name), value) for name, value in stated.items()})
+
+
+def _parts_in_common(one: str, other: str) -> int:
+    """How many leading parts two paths share."""
+    pairs = zip(one.split("/"), other.split("/"), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _release(where: str, name: str, value: Any) -> dict[str, Any]:

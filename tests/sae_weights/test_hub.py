@@ -19,7 +19,7 @@ from sae_weights import SAEFormatError, load_sae, resolve, save_saelens
 from sae_weights.catalogue import locate
 from sae_weights.hub import fetch
 from sae_weights.hub_path import HubPath
-from sae_weights.registry import Registry, user_file
+from sae_weights.registry import Registry, registry, user_file
 from tests.sae_weights.hub_server import Hub, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:huggingface_hub.*")
@@ -258,6 +258,113 @@ def test_configuration_above_the_folder_comes_along(hub, saved):
     ]
 
 
+@pytest.mark.parametrize(
+    ("source", "published", "needed"),
+    [
+        (
+            "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71",
+            ["layer_20/width_16k/average_l0_71/params.npz", "layer_20/width_16k/average_l0_38/params.npz"],
+            ["layer_20/width_16k/average_l0_71/params.npz"],
+        ),
+        (
+            "gemma-scope-2-4b-pt-res/layer_17_width_16k_l0_medium",
+            [
+                "resid_post/layer_17_width_16k_l0_medium/config.json",
+                "resid_post/layer_17_width_16k_l0_medium/params.safetensors",
+            ],
+            [
+                "resid_post/layer_17_width_16k_l0_medium/config.json",
+                "resid_post/layer_17_width_16k_l0_medium/params.safetensors",
+            ],
+        ),
+        (
+            "hf://google/gemma-scope-2-1b-pt/crosscoder/x",
+            ["crosscoder/x/params_layer_7.safetensors", "crosscoder/x/params_layer_13.safetensors", "README.md"],
+            ["crosscoder/x/params_layer_13.safetensors", "crosscoder/x/params_layer_7.safetensors"],
+        ),
+        (
+            "llama_scope_lxr_8x/l0r_8x",
+            ["Llama3_1-8B-Base-L0R-8x/hyperparams.json", "Llama3_1-8B-Base-L0R-8x/checkpoints/final.safetensors"],
+            ["Llama3_1-8B-Base-L0R-8x/checkpoints/final.safetensors", "Llama3_1-8B-Base-L0R-8x/hyperparams.json"],
+        ),
+        (
+            "llama_scope_r1_distill/l5r_800m_slimpajama",
+            [
+                f"800M-Slimpajama-0-OpenR1-Math-220k/L{i}R/{n}"
+                for i in (5, 6)
+                for n in ("config.json", "sae_weights.safetensors", "lm.json")
+            ],
+            [f"800M-Slimpajama-0-OpenR1-Math-220k/L5R/{n}" for n in ("config.json", "sae_weights.safetensors")],
+        ),
+        (
+            "qwen-scope-3-8b-base-w64k-l50/layer3",
+            ["config.json", *(f"layer{i}.sae.pt" for i in range(36))],
+            ["config.json", "layer3.sae.pt"],
+        ),
+        (
+            "goodfire-llama-3.1-8b-instruct",
+            ["Llama-3.1-8B-Instruct-SAE-l19.pth", "feature_labels.json", ".gitattributes"],
+            ["Llama-3.1-8B-Instruct-SAE-l19.pth"],
+        ),
+        (
+            "gpt2-small-hook-z-kk/blocks.0.hook_z",
+            [
+                f"gpt2-small_L{i}_Hcat_z_lr1.20e-03_l11.80e+00_ds24576_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9{n}"
+                for i in (0, 1)
+                for n in (".pt", "_cfg.json")
+            ],
+            [
+                f"gpt2-small_L0_Hcat_z_lr1.20e-03_l11.80e+00_ds24576_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9{n}"
+                for n in (".pt", "_cfg.json")
+            ],
+        ),
+        (
+            "llama-3.1-8b-instruct-andyrdt/resid_post_layer_3_trainer_1",
+            [
+                f"resid_post_layer_3/trainer_{i}/{n}"
+                for i in (0, 1)
+                for n in ("ae.pt", "config.json", "eval_results.json")
+            ],
+            ["resid_post_layer_3/trainer_1/ae.pt", "resid_post_layer_3/trainer_1/config.json"],
+        ),
+        (
+            "mwhanna-qwen3-4b-transcoders/layer_3",
+            ["config.yaml", "wandb-config.yaml", *(f"layer_{i}.safetensors" for i in range(36))],
+            ["config.yaml", "layer_3.safetensors", "wandb-config.yaml"],
+        ),
+        (
+            "mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_3",
+            ["config.yaml", *(f"W_{part}_{i}.safetensors" for part in ("enc", "dec") for i in range(5))],
+            ["W_dec_3.safetensors", "W_enc_3.safetensors", "config.yaml"],
+        ),
+        (
+            "hf://EleutherAI/sae-llama-3-8b-32x/layers.23",
+            ["config.json", *(f"layers.{i}/{n}" for i in (23, 24) for n in ("cfg.json", "sae.safetensors"))],
+            ["config.json", "layers.23/cfg.json", "layers.23/sae.safetensors"],
+        ),
+        (
+            "hf://pleask/itda/run",
+            ["run/atoms.pt", "run/atom_indices.pt", "run/metadata.yaml", "run/x.png"],
+            ["run/atom_indices.pt", "run/atoms.pt", "run/metadata.yaml"],
+        ),
+        ("hf://ckkissane/crosscoder-gemma", ["cc_weights.pt", "cfg.json", "other.pt"], ["cc_weights.pt", "cfg.json"]),
+    ],
+)
+def test_only_the_files_that_the_layout_has_are_downloaded(source, published, needed, hub):
+    entry = None if source.startswith("hf://") else registry().get(source)
+    where = HubPath.parse(source) if entry is None else HubPath(entry.repo, entry.hub_path)
+    hub.commit(where.repo, {name: name.encode() for name in published})
+    found = fetch(where)
+    assert sorted(file.path for file in found.files) == needed
+    assert hub.fetched() == sorted({name.rpartition("/")[2] for name in needed})
+
+
+def test_a_dictionary_of_no_supported_kind_is_refused_before_it_is_downloaded(hub):
+    with pytest.raises(SAEFormatError, match=r"not supported: .*sequence"):
+        resolve("temporal-sae-llama-3.1-8b/blocks.15.hook_resid_post")
+    assert hub.log == []
+
+
 def gemma_scope_files(n=24, d=8):
     """One Gemma Scope dictionary in its published layout."""
     g = np.random.default_rng(0)
@@ -302,6 +409,21 @@ def test_the_registrys_factor_is_folded_in(hub, saved, make_sae, tmp_path):
     plain = make_sae()
     assert torch.allclose(sae.rows([3]).encoder, 2.5 * plain.rows([3]).encoder)
     assert torch.allclose(sae.rows([3]).decoder, plain.rows([3]).decoder / 2.5)
+
+
+def test_the_registrys_overrides_take_the_place_of_the_configs(hub, saved):
+    hub.commit("me/unscaled", {f"x/{name}": data for name, data in saved().items()})
+    text = """
+    unscaled: {model: m, repo_id: me/unscaled, config_overrides: {normalize_activations: constant_norm_rescale},
+               saes: [{id: a, path: x, norm_scaling_factor: 2.5}]}
+    """
+    Registry.of_yaml(text, "1").write(user_file())
+    _, sae = resolve("unscaled/a")
+    assert sae.input_norm == "constant_norm_rescale"
+    # Not scaled by a constant: SAELens ignores the factor, and so does this.
+    _, plain = resolve("hf://me/unscaled/x")
+    assert plain.metadata["provenance"]["registry"]["id"] == "unscaled/a"
+    assert sae.origin.open().digest == sae.digest
 
 
 def test_the_environment_alone_decides_which_hub_is_asked(published, tmp_path, make_sae):
