@@ -99,6 +99,15 @@ def test_a_small_edit_of_a_large_reconstruction_is_not_rounded_away():
     assert (got - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+def test_a_small_edit_beside_a_large_latent_is_not_rounded_away():
+    sae = polysae(parts(order=1))
+    f = torch.zeros(1, N)
+    f[0, 11] = 1e6
+    edited = f.clone()
+    edited[0, 3] = 1e-3
+    torch.testing.assert_close(sae.delta(tokens(1), f, edited)[0], 1e-3 * sae.rows([3]).decoder[0])
+
+
 def test_the_effect_of_a_latent_depends_on_the_others():
     sae = polysae(parts())
     x, off = tokens(1), torch.zeros(1, N)
