@@ -63,6 +63,8 @@ class TensorFile:
         """Rows [m, …] of a matrix."""
         if isinstance(rows, slice):
             return self._part(name, rows)
+        if len(self.shapes[name]) == 2:
+            return self._picked(name, rows, slice(None))
         if not rows:
             return self._part(name, slice(0, 0))
         return torch.cat([self._part(name, slice(i, i + 1)) for i in rows])
@@ -71,11 +73,14 @@ class TensorFile:
         """Columns of a matrix, transposed: [m, rows]."""
         if isinstance(columns, slice):
             return self._part(name, (slice(None), columns)).T
+        return self._picked(name, slice(None), columns).T
+
+    def _picked(self, name: str, rows: Any, columns: Any) -> Tensor:
+        """Some rows or columns of a matrix: the pages that hold them, without the read-ahead around them."""
         self._refuse_change()
-        # One page per row and column: without read-ahead, which would read the whole file around them.
         numbers, dtype = _STORED_AS[self.dtypes[name]]
-        chosen: np.ndarray[Any, Any] = self._matrix(name, numbers)[:, columns]
-        return torch.from_numpy(chosen.T.copy()).view(dtype)
+        chosen: np.ndarray[Any, Any] = self._matrix(name, numbers)[rows, columns]
+        return torch.from_numpy(np.array(chosen, order="C")).view(dtype)
 
     def _matrix(self, name: str, numbers: type) -> np.ndarray[Any, Any]:
         if self._map is None:

@@ -78,9 +78,9 @@ def test_a_dtype_that_is_not_stored_is_refused(make_sae, tmp_path):
 def reads(monkeypatch):
     """Every part of a file that is read: (tensor, elements)."""
     seen = []
-    part, columns = TensorFile._part, TensorFile.columns
+    part, picked = TensorFile._part, TensorFile._picked
     monkeypatch.setattr(TensorFile, "_part", lambda self, name, where: record(seen, name, part(self, name, where)))
-    monkeypatch.setattr(TensorFile, "columns", lambda self, name, where: record(seen, name, columns(self, name, where)))
+    monkeypatch.setattr(TensorFile, "_picked", lambda self, name, *at: record(seen, name, picked(self, name, *at)))
     return seen
 
 
