@@ -68,7 +68,7 @@ class OpenedSAE:
         if isinstance(theta, bool) or not isinstance(theta, (int, float)):
             raise CatalogueError(
                 f"--approximate {self.id}: {self.origin.path} has no calibrated threshold; "
-                f"measure one with: editserver sae calibrate {self.origin.path}"
+                f"measure one with: editserver sae calibrate {self.origin.path} --model MODEL"
             )
         try:
             sae = replace(self.origin, hints=replace(self.origin.hints, threshold=float(theta))).open()

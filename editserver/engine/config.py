@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from editserver import __version__
 from editserver.engine.wire import KEY
 from sae_weights.formats import Origin
 from sae_weights.sae import SAE
+from sae_weights.sidecar import read_sidecar
 
 ENGINE_ABI = 1
 """Raise it when the traced graph changes, so that no compiled artefact of an older build is reused."""
@@ -44,6 +46,7 @@ class SAESource:
             ValueError: it has another content than the server was started with.
         """
         sae = Origin.from_dict(self.origin).open()
+        sae.metadata = {**sae.metadata, **read_sidecar(Path(self.path))}
         if sae.digest != self.digest:
             raise ValueError(
                 f"SAE {self.id} at {self.path} has digest {sae.digest[:12]}…, but the server was started with "

@@ -215,7 +215,7 @@ def _layout(sae: SAE, dtype: torch.dtype) -> dict[str, tuple[str, list[int]]]:
     layout: dict[str, tuple[str, list[int]]] = {"b_dec": ("F32", [sae.d_out])}
     layout |= {f"extra.{name}": ("F32", list(tensor.shape)) for name, tensor in sae.extras.items()}
     layout |= {f"gate.{name}": ("F32", [n, *tensor.shape[1:]]) for name, tensor in probe.gate.items()}
-    if probe.W_enc is not probe.W_dec:
+    if not ARCHITECTURES[sae.architecture].tied or probe.W_enc is not probe.W_dec:
         layout["W_enc"] = (stored, [n, sae.d_model])
     layout["W_dec"] = (stored, [n, sae.d_out])
     return layout

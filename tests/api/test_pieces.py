@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from editserver.api.edit import Choice
 from editserver.api.guard import BodyGuard, UnauthorizedEnvelope
 from editserver.api.knowledge import FeatureKnowledge
 from editserver.api.plugin import HandshakeError, check_handshake
-from editserver.catalogue import CatalogueError, full_encode_ids, open_sae
+from editserver.catalogue import CatalogueError, build_catalogue, check_fit, full_encode_ids, open_sae
 from editserver.cli import main as cli
 from editserver.cli.serve import (
     Options,
@@ -34,14 +36,17 @@ from editserver.cli.serve import (
 )
 from editserver.engine.config import EngineConfig, SAESource
 from editserver.engine.journal import Journal
+from editserver.engine.rows import Dictionaries
 from editserver.engine.wire import StepRecord
-from editserver.settings import DoseBound, SettingsError
+from editserver.settings import DoseBound, Settings, SettingsError
 from interventions.errors import InterventionError
 from interventions.program import Payload
+from sae_weights.formats import save_native
 from sae_weights.formats.saelens import save_saelens
 from sae_weights.hook import Hook
 from sae_weights.knowledge import FILE, KnowledgeStore
 from sae_weights.sae import SAE
+from tests.engine.dictionaries import random_sae
 
 # guard ---------------------------------------------------------------------------------------------------------------
 
@@ -288,6 +293,112 @@ def test_an_sae_on_another_hook_is_refused_naming_the_hook(tmp_path: Path) -> No
         open_saes([f"x={pre}", f"x={pre}"])
     with pytest.raises(UsageError, match="/nowhere"):
         open_saes(["x=/nowhere"])
+
+
+def make_topk(folder: Path, theta: Any = None, architecture: str = "topk") -> Path:
+    sae = random_sae(
+        architecture, 8, n=32, layer=3, metadata=None if theta is None else {"calibrated_threshold": theta}
+    )
+    return save_native(sae, folder)
+
+
+def test_a_dictionary_that_no_server_can_edit_is_refused_naming_its_hooks(tmp_path: Path) -> None:
+    rows = torch.eye(8)
+    sae = SAE.from_tensors(
+        architecture="relu",
+        hook=Hook("ln2", 3),
+        hook_out=Hook("mlp_out", 3),
+        W_enc=rows,
+        W_dec=rows,
+        b_dec=torch.zeros(8),
+        gate={"b_enc": torch.zeros(8)},
+    )
+    with pytest.raises(CatalogueError, match=r"--sae x=.*transcoder.*ln2\(3\).*mlp_out\(3\)"):
+        open_sae(f"x={save_native(sae, tmp_path / 'transcoder')}")
+
+
+def test_an_sae_of_another_model_is_refused_naming_both_widths_and_the_file(tmp_path: Path) -> None:
+    folder = make_sae(tmp_path / "a", Hook("resid_post", 3))
+    opened = [open_sae(f"mine={folder}")]
+    check_fit(opened, 8, 4)
+    with pytest.raises(CatalogueError) as caught:
+        check_fit(opened, 576, 30)
+    for word in ("mine", str(folder), "d_model 8", "576"):
+        assert word in str(caught.value)
+    with pytest.raises(CatalogueError, match=r"mine .*resid_post\(3\).*0\.\.2"):
+        check_fit(opened, 8, 3)
+    config = EngineConfig(armed=(3,), saes=(opened[0].source(),))
+    shape = {"n_layers": 4, "vocab_size": 10, "tokenizer": None}
+    with pytest.raises(CatalogueError, match=r"mine .*d_model 8, the model has 16"):
+        build_catalogue(config, Settings(library=tmp_path), d_model=16, **shape)
+    changed = dataclasses.replace(opened[0].source(), digest="0" * 64)
+    with pytest.raises(CatalogueError, match=r"mine .*changed since the start"):
+        build_catalogue(dataclasses.replace(config, saes=(changed,)), Settings(library=tmp_path), d_model=8, **shape)
+
+
+def test_a_calibrated_threshold_stands_in_for_the_membership_rule(tmp_path: Path) -> None:
+    folder = make_topk(tmp_path / "topk", 0.75)
+    (exact,), (stand_in,) = open_saes([f"t={folder}"]), open_saes([f"t={folder}"], ["t"])
+    assert (exact.sae.row_separable, stand_in.sae.row_separable) == (False, True)
+    assert stand_in.sae.digest == exact.sae.thresholded(0.75).digest != exact.sae.digest
+    both = [one.source() for one in (exact, dataclasses.replace(stand_in, id="cheap"))]
+    for source in both:  # as another process does
+        again = SAESource(**json.loads(json.dumps(dataclasses.asdict(source))))
+        assert again.open().digest == source.digest
+    config = EngineConfig(armed=(3,), saes=tuple(both))
+    catalogue = build_catalogue(
+        config, Settings(library=tmp_path), d_model=8, n_layers=4, vocab_size=10, tokenizer=None
+    )
+    shown = {name: sae.as_dict() for name, sae in catalogue.saes.items()}
+    assert (shown["cheap"]["approximate"], shown["cheap"]["approximates"]) == (True, "topk (k = 4)")
+    assert (shown["cheap"]["execution"], shown["cheap"]["editable"]) == ("row", True)
+    assert (shown["t"]["approximate"], shown["t"]["execution"], shown["t"]["editable"]) == (False, "dictionary", False)
+    for flag in ("--full-encode t", "--approximate t"):
+        assert flag in shown["t"]["reason"]
+    assert "reason" not in shown["cheap"]
+
+
+@pytest.mark.parametrize(
+    ("theta", "architecture", "reason"),
+    [
+        (None, "topk", r"no calibrated threshold.*editserver sae calibrate"),
+        ("1", "topk", r"no calibrated threshold"),
+        (-1.0, "topk", r"threshold: -1"),
+        (1.0, "jumprelu", "edited exactly, row by row"),
+        (1.0, "abstopk", "--full-encode t edits it exactly"),
+        (1.0, "polysae", "--full-encode t edits it exactly"),
+    ],
+)
+def test_what_no_threshold_can_stand_in_for_is_refused_by_name(
+    tmp_path: Path, theta: Any, architecture: str, reason: str
+) -> None:
+    folder = make_topk(tmp_path / "sae", theta, architecture)
+    with pytest.raises(UsageError, match=rf"--approximate t: .*{reason}"):
+        open_saes([f"t={folder}"], ["t"])
+    with pytest.raises(UsageError, match="--approximate u: no such SAE here; served are t"):
+        open_saes([f"t={folder}"], ["u"])
+
+
+def test_knowledge_of_a_dictionary_is_that_of_its_stand_in(tmp_path: Path) -> None:
+    folder = make_topk(tmp_path / "topk", 0.75)
+    (stand_in,) = open_saes([f"t={folder}"], ["t"])
+    digest = open_sae(f"t={folder}").sae.digest
+    with KnowledgeStore.create(folder / FILE, sae_digest=digest, n_features=32, meta={}) as writer:
+        writer.set_labels([(1, "Paris, France", "hand")])
+    assert FeatureKnowledge.read(folder, stand_in.sae).listing(1)["label"] == "Paris, France"
+
+
+def test_opening_a_dictionary_reads_no_matrix_in_any_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In editserver's own layout, whose file carries the digest."""
+    folder = make_topk(tmp_path / "topk", 0.75)
+    monkeypatch.setattr(SAE, "blocks", lambda self: pytest.fail("the dictionary was read as a whole"))
+    monkeypatch.setattr(SAE, "read", lambda self, rows: pytest.fail("rows were read"))
+    opened = open_saes([f"exact={folder}", f"cheap={folder}"], ["cheap"])
+    config = EngineConfig.from_dict(
+        EngineConfig(armed=(3,), saes=tuple(one.source() for one in opened), full_encode=("exact",)).as_dict()
+    )
+    assert len(Dictionaries(config).digests) == 2
+    build_catalogue(config, Settings(library=tmp_path), d_model=8, n_layers=4, vocab_size=10, tokenizer=None)
 
 
 def test_full_encode_is_on_for_small_dictionaries_unless_told(tmp_path: Path) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import MODEL, RELU, TOPK, Server, make_probes, sse, start_server
+from sae_weights.formats import save_native
+from tests.engine.dictionaries import random_sae
+
+from .conftest import D_MODEL, MODEL, RELU, TOPK, Server, make_probes, sse, start_server
 
 pytestmark = pytest.mark.engine
 
+CHEAP = "cheap/l20"
 KEY = {"Authorization": "Bearer secret"}
 
 
@@ -20,6 +24,8 @@ KEY = {"Authorization": "Bearer secret"}
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("strict")
     flags = [part for name, path in make_probes(folder).items() for part in ("--sae", f"{name}={path}")]
+    calibrated = random_sae("topk", D_MODEL, layer=20, metadata={"calibrated_threshold": 1.5})
+    flags += ["--sae", f"{CHEAP}={save_native(calibrated, folder / 'cheap')}", "--approximate", CHEAP]
     flags += ["--max_dose", "0.3:refuse", "--api-key", "secret", "--bank-rows", "4", "--limit", "rows=4"]
     flags += ["--limit", "top_k=2", "--full-encode", "none", "--library", str(folder / "library"), "--enforce-eager"]
     with start_server(folder, *flags) as running:
@@ -86,7 +92,33 @@ def test_what_needs_the_full_encode_is_refused_with_the_flag(http: httpx.Client)
         assert "--full-encode" in error["message"]
     saes = {sae["id"]: sae for sae in http.get("/v1/saes").json()["data"]}
     assert (saes[RELU]["editable"], saes[RELU]["top_k"]) == (True, False)
-    assert (saes[TOPK]["editable"], saes[TOPK]["top_k"]) == (False, False)
+    assert (saes[TOPK]["editable"], saes[TOPK]["top_k"], saes[TOPK]["execution"]) == (False, False, "dictionary")
+    assert f"--full-encode {TOPK}" in saes[TOPK]["reason"]
+    assert f"--approximate {TOPK}" in saes[TOPK]["reason"]
+
+
+def test_edits_and_readings_of_a_stand_in_say_that_they_are_approximate(http: httpx.Client) -> None:
+    edit = {"type": "edit_features", "sae": CHEAP, "features": [{"index": 1, "op": "add", "value": 2}]}
+    exact = {"type": "edit_features", "sae": RELU, "features": [{"index": 1, "op": "add", "value": 2}]}
+    along = {"type": "steer", "sae": CHEAP, "feature": 1}
+    inspect = [{"sae": CHEAP, "features": [1, 2]}, {"sae": RELU, "features": [1]}]
+    for stream in (False, True):
+        answer = ask(http, 0.1, interventions=[edit, exact, along], inspect=inspect, stream=stream)
+        assert answer.status_code == 200, answer.text
+        bodies = [e for e in sse(answer) if e != "[DONE]"] if stream else [answer.json()]
+        receipts = [body["interventions"]["receipt"] for body in bodies if "interventions" in body]
+        assert [entry.get("approximate") for entry in receipts[0]] == [True, None, None]
+        assert receipts[0][0]["fired"] > 0
+        seen = [body["inspection"] for body in bodies if "inspection" in body]
+        assert seen
+        assert all([one.get("approximate") for one in both] == [True, None] for both in seen)
+    saes = {sae["id"]: sae for sae in http.get("/v1/saes").json()["data"]}
+    shown = saes[CHEAP]
+    assert (shown["editable"], shown["approximate"], shown["architecture"]) == (True, True, "jumprelu")
+    assert shown["approximates"] == "topk (k = 12)"
+    assert [saes[name]["approximate"] for name in (RELU, TOPK)] == [False, False]
+    read = http.post(f"/v1/saes/{CHEAP}/activations", json={"input": "a b", "features": [1]}).json()
+    assert read["approximate"] is True
 
 
 def test_a_full_bank_queues_and_beyond_four_banks_is_429(http: httpx.Client) -> None:
