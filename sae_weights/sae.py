@@ -133,21 +133,24 @@ class SAE:
         hook_out: Hook | None = None,
         hooks: Sequence[Hook] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        label: str = MemoryRows.label,
     ) -> SAE:
         """An SAE from tensors: W_enc [n, d_in] and W_dec [n, d_out] (both feature-major), b_dec [d_out], and the gate.
 
         ``gate`` holds the architecture's ``gate_tensors``: ``b_enc`` (relu, topk), ``b_enc`` and ``threshold``
         (jumprelu, batchtopk), ``b_gate``, ``b_mag`` and ``r_mag`` (gated) …; ``W_enc`` is left out where the
-        architecture has none of its own. ``folding`` names the conventions that still have to be folded in. Raises
-        SAEFormatError if names or shapes do not fit.
+        architecture has none of its own. ``folding`` names the conventions that still have to be folded in. ``label`` is
+        what errors call the tensors: the file that they came from. Raises SAEFormatError if names or shapes do not fit.
         """
         given = check_tensors(architecture, W_enc, W_dec, b_dec, gate, extras or {})
         encoder, decoder = given["W_enc"], given["W_dec"]
         block = Block(encoder, decoder, {name: given[name] for name in gate})
+        source = MemoryRows(block, given["b_dec"], {name: given[name] for name in extras or {}})
+        source.label = label
         return cls(
             architecture=architecture,
             hook=hook,
-            source=MemoryRows(block, given["b_dec"], {name: given[name] for name in extras or {}}),
+            source=source,
             folding=folding,
             input_norm=input_norm,
             k=k,

@@ -16,7 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_weights import SAE, Hook, save_native, save_saelens
-from tests.sae_weights.formats import test_circuit_tracer, test_clt, test_llamascopium
+from tests.sae_weights.formats import (
+    test_bussmann,
+    test_circuit_tracer,
+    test_clt,
+    test_crosscoder_model_diff,
+    test_dictionary_learning,
+    test_e2e,
+    test_itda,
+    test_llamascopium,
+    test_openai_gpt2,
+    test_polysae,
+)
 from tests.sae_weights.formats.draws import Draws
 
 D, N, K = 6, 18, 4
@@ -245,7 +256,18 @@ MAKERS: dict[str, Maker] = {
     "dictionary_learning": dictionary_learning,
     "dictionary_learning.matryoshka": dictionary_learning_matryoshka,
     "dictionary_learning.gated": dictionary_learning_gated,
+    "dictionary_learning.crosscoder": test_dictionary_learning.write_crosscoder,
+    "dictionary_learning.variational": test_dictionary_learning.write_variational,
     "sparsify": sparsify,
+    "bussmann": test_bussmann.write_small,
+    "bussmann.jumprelu": test_bussmann.write_jumprelu,
+    "top_afa": test_bussmann.write_top_afa,
+    "openai_gpt2": test_openai_gpt2.write_small,
+    "e2e": test_e2e.write_small,
+    "itda": test_itda.write_small,
+    "polysae": test_polysae.write_small,
+    "polysae.shared": test_polysae.write_shared,
+    "crosscoder_model_diff": test_crosscoder_model_diff.write_small,
     "llamascopium": test_llamascopium.write_small,
     "llamascopium.glu": llamascopium_glu,
     "llamascopium.pt": llamascopium_pt,
@@ -261,6 +283,8 @@ MAKERS: dict[str, Maker] = {
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 TEXTS = (".json", ".yaml", ".yml")
 Key = tuple[str, ...]
+ALONE = "tensor"
+"""What is called the tensor of a file that holds nothing else."""
 
 
 def files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -275,13 +299,16 @@ def read(path: Path) -> dict[Key, Tensor]:
     if path.suffix == ".npz":
         with np.load(path) as archive:
             return {(name,): torch.from_numpy(archive[name]) for name in archive.files}
-    return _flat(torch.load(path, weights_only=True), ())
+    content = torch.load(path, weights_only=True)
+    return {(ALONE,): content} if isinstance(content, Tensor) else _flat(content, ())
 
 
 def rewrite(path: Path, change: Callable[[Key, Tensor], Tensor | None]) -> None:
     """Replace every tensor by what ``change`` makes of it; None leaves it out."""
     if path.suffix == ".pt" or path.suffix == ".pth":
-        torch.save(_changed(torch.load(path, weights_only=True), (), change), path)
+        content = torch.load(path, weights_only=True)
+        alone = isinstance(content, Tensor)
+        torch.save(change((ALONE,), content) if alone else _changed(content, (), change), path)
         return
     kept = {key[0]: new for key, tensor in read(path).items() if (new := change(key, tensor)) is not None}
     path.unlink()
