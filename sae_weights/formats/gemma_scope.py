@@ -83,10 +83,10 @@ class GemmaScope(Format):
         )
 
     def _hook(self, weights: Path, hints: Hints, site: str | None, layer: int | str | None) -> Hook:
+        if layer == "embed" and hints.hook in (None, "hook_embed"):
+            return Hook("resid_pre", 0)
         if hints.hook is not None:
             return self.hook(weights, hints)
-        if layer == "embed":
-            return Hook("resid_pre", 0)
         if isinstance(layer, int) and site is not None:
             return Hook(_POINTS[site], layer)
         raise SAEFormatError(

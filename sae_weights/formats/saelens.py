@@ -8,7 +8,8 @@ Layout, with n = d_sae and, for all but transcoders, d_in = d_out = d::
     matching_pursuit                 W_dec, b_dec, which counts only with apply_b_dec_to_input
     (jumprelu_)(skip_)transcoder     as standard or jumprelu; skip: W_skip [d_out, d_in]
     batchtopk, matryoshka_batchtopk  training checkpoints: as standard, with topk_threshold [], a float64
-    temporal                         recognised, and refused: it reads the whole sequence
+    temporal                         recognised, and refused: it reads the whole sequence (also as its authors publish
+                                     it, conf.yaml + latest_ckpt.safetensors)
 
 Beside them may lie ``editserver.json`` (an object whose fields join the metadata: median_norm, max_activation …, and
 ``norm_scaling_factor``) and, in training checkpoints, ``activation_scaler.json``.
@@ -61,6 +62,7 @@ from .tensor_file import TensorFile
 __all__ = ["CONFIG_FILE", "SCALER_FILE", "SIDECAR_FILE", "WEIGHTS_FILE", "SAELens", "save_saelens"]
 
 SCALER_FILE = "activation_scaler.json"
+TEMPORAL_FILES = ("conf.yaml", "latest_ckpt.safetensors")
 
 
 class SAELens(Format):
@@ -70,15 +72,15 @@ class SAELens(Format):
     title = "SAELens"
     files = f"{CONFIG_FILE} + {WEIGHTS_FILE}"
     reference = "github.com/decoderesearch/SAELens 6.54"
-    architectures = tuple(
-        dict.fromkeys(name for name in ARCHITECTURE_NAMES.values() if ARCHITECTURES[name].execution != "sequence")
-    )
+    architectures = tuple(dict.fromkeys(ARCHITECTURE_NAMES.values()))
 
     def recognises(self, path: Path) -> bool:
         # The last one asked: half a checkpoint is taken for one, so that the error names what is missing.
-        return (path / CONFIG_FILE).is_file() or (path / WEIGHTS_FILE).exists()
+        return (path / CONFIG_FILE).is_file() or (path / WEIGHTS_FILE).exists() or _published_temporal(path)
 
     def open(self, path: Path, hints: Hints) -> SAE:
+        if _published_temporal(path) and not (path / CONFIG_FILE).exists():
+            raise SAEFormatError(f"{path}: a temporal SAE, which is refused: {ARCHITECTURES['temporal'].why_not}")
         sidecar_path = path / SIDECAR_FILE
         sidecar = read_json_object(sidecar_path) if sidecar_path.exists() else {}
         config = read_config(path / CONFIG_FILE, hints, sidecar)
@@ -105,6 +107,10 @@ class SAELens(Format):
             )
         except SAEFormatError as error:
             raise error if str(path) in str(error) else SAEFormatError(f"{path}: {error}") from error
+
+
+def _published_temporal(path: Path) -> bool:
+    return all((path / name).is_file() for name in TEMPORAL_FILES)
 
 
 def _rows(file: TensorFile, config: SAELensConfig) -> TensorRows:

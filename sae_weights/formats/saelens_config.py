@@ -286,6 +286,8 @@ def _hook(path: Path, what: str, hint: str | None, metadata: Mapping[str, Any], 
     found: dict[str, Hook] = {}
     given = {f"metadata.{name}": metadata[name] for name in names if metadata.get(name) is not None}
     if hint is not None:
+        if parse_hook_name(hint) is None:
+            raise SAEFormatError(f"{what}: {hint!r}; expected one like 'blocks.15.hook_resid_post'")
         given = {f"the given {what}": hint, **given}
     for name, value in given.items():
         hook = parse_hook_name(value) if isinstance(value, str) else None

@@ -60,6 +60,8 @@ def test_an_embedding_dictionary_reads_the_stream_that_is_root_d_times_the_embed
     embedding = torch.randn(20, D)
     p = embedding @ raw["W_enc"] + raw["b_enc"]
     f = p.relu() * (p > raw["threshold"])
+    named = load_sae(folder, hints=Hints(hook="hook_embed"))  # as sae-lens' registry calls the place
+    assert sae.hook == named.hook == Hook("resid_pre", 0)
     check_agreement(sae, embedding * D**0.5, f, (f @ raw["W_dec"] + raw["b_dec"]) * D**0.5)
 
 
