@@ -34,6 +34,7 @@ from sae_weights.folding import Folding
 from sae_weights.sae import SAE
 
 from .base import Format, Hints
+from .input_scale import PER_TOKEN, constant_scale
 from .json_object import read_json_object
 from .layout import Matrix, TensorRows
 from .nested_fields import NestedFields
@@ -79,6 +80,7 @@ class Bussmann(Format):
             file.require("threshold", [])
             gate["threshold"] = file.tensor("threshold").expand(n)
             known.append("threshold")
+        normed = fields.flag("input_unit_norm", False)
         architecture = _TYPES[kind]["threshold" not in gate]
         if architecture == "matryoshka":
             settings["group_sizes"] = fields.counts("group_sizes")
@@ -97,8 +99,11 @@ class Bussmann(Format):
                 ignore=known,
                 what=f"a {kind!r} checkpoint",
             ),
-            folding=Folding(input_scale=hints.norm_scaling_factor or 1.0, subtract_b_dec=kind != "jumprelu"),
-            input_norm="layer_norm" if fields.flag("input_unit_norm", False) else "none",
+            folding=Folding(
+                input_scale=constant_scale(path, hints, unscalable=PER_TOKEN if normed else ""),
+                subtract_b_dec=kind != "jumprelu",
+            ),
+            input_norm="layer_norm" if normed else "none",
             k=k if architecture == "topk" else None,
             settings=settings,
             metadata=describe(fields),

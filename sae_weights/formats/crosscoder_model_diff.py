@@ -24,6 +24,7 @@ from sae_weights.sae import SAE
 
 from .base import Format, Hints
 from .dictionary_learning_crosscoder import concatenated_hooks
+from .input_scale import constant_scale
 from .json_object import read_json_object
 from .nested_fields import NestedFields
 from .pickled import PickledFile
@@ -66,6 +67,7 @@ class CrosscoderModelDiff(Format):
         hooks = concatenated_hooks(self, weights, fields, models, hints, fields.text("hook_point", ""))
         model = fields.content.get("model_name")
         return SAE.from_tensors(
+            label=str(weights),
             architecture="relu",
             hook=hooks[0],
             hooks=hooks,
@@ -73,7 +75,7 @@ class CrosscoderModelDiff(Format):
             W_dec=file.tensor("W_dec").reshape(n, models * d),
             b_dec=file.tensor("b_dec").flatten(),
             gate={"b_enc": file.tensor("b_enc")},
-            folding=Folding(input_scale=hints.norm_scaling_factor or 1.0),
+            folding=Folding(input_scale=constant_scale(weights, hints)),
             metadata={"model_name": model} if isinstance(model, str) else {},
         )
 

@@ -18,8 +18,9 @@ except AutoEncoderTopK from BatchTopKSAE.
 
 Folded, and why:
 
-- AutoEncoder: ``from_pretrained`` brings decoder columns to norm 1 and scales the encoder to match; so do we. The other
-  classes are taken as they are.
+- AutoEncoder: ``from_pretrained`` brings decoder columns to norm 1 and scales the encoder to match; so do we (the
+  fork of science-of-finetuning leaves them as stored: the same reconstruction in other units). The other classes are
+  taken as they are.
 - encode subtracts the decoder bias in AutoEncoder, Gated, TopK, BatchTopK and Matryoshka; not in AutoEncoderNew and not in
   JumpRelu (whose ``apply_b_dec_to_input`` is true only for dictionaries that came from elsewhere).
 - θ of BatchTopK starts at −1 in training: such a dictionary is a plain ReLU until θ was estimated.
@@ -47,6 +48,7 @@ from sae_weights.sae import SAE
 
 from .base import Format, Hints
 from .dictionary_learning_crosscoder import CROSSCODERS, open_crosscoder
+from .input_scale import constant_scale
 from .json_object import read_json_object
 from .layout import Matrix, TensorRows
 from .nested_fields import NestedFields
@@ -121,7 +123,7 @@ class DictionaryLearning(Format):
     def recognises(self, path: Path) -> bool:
         if path.is_dir():
             return (path / WEIGHTS_FILE).is_file() or self._from_hub(path)
-        return path.suffix == ".pt" and _config_of(path) is not None
+        return path.name == WEIGHTS_FILE or (path.suffix == ".pt" and _config_of(path) is not None)
 
     def open(self, path: Path, hints: Hints) -> SAE:
         weights = path
@@ -189,7 +191,7 @@ def _open(
     gate: dict[str, str | Tensor] = dict(form.gate)
     folding: dict[str, Any] = dict(form.folding)
     settings: dict[str, Any] = {}
-    scale = hints.norm_scaling_factor or 1.0
+    scale = constant_scale(file.path, hints)
     if name == "VSAETopK" and b_dec not in file.shapes:
         # Before the April update's form: the decoder bias is subtracted from the input too.
         b_dec = "b_dec" if "b_dec" in file.shapes else "bias"

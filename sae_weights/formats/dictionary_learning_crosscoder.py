@@ -35,6 +35,7 @@ from sae_weights.hook import Hook, parse_hook_name
 from sae_weights.sae import SAE
 
 from .base import Format, Hints
+from .input_scale import constant_scale
 from .nested_fields import NestedFields
 from .tensors import Tensors, refuse_others, whole_number
 
@@ -92,6 +93,7 @@ def open_crosscoder(
         W_dec, b_dec = W_dec / (g[:, None] + 1e-8), b_dec / (g[:, None] + 1e-8) + mean
     hooks = concatenated_hooks(format, weights, trainer, places, hints)
     return SAE.from_tensors(
+        label=str(file.path),
         architecture="batchtopk" if gate else "relu",
         hook=hooks[0],
         hooks=hooks,
@@ -99,7 +101,7 @@ def open_crosscoder(
         W_dec=W_dec.reshape(n, places * d).float(),
         b_dec=b_dec.reshape(places * d).float(),
         gate={name: vector.float() for name, vector in {"b_enc": b_enc, **gate}.items()},
-        folding=Folding(input_scale=hints.norm_scaling_factor or 1.0),
+        folding=Folding(input_scale=constant_scale(weights, hints)),
         metadata=metadata,
     )
 
@@ -128,7 +130,7 @@ def concatenated_hooks(
 
 def _threshold(file: Tensors, W_dec: Tensor, trainer: NestedFields) -> Tensor:
     """θ / c_j [n], fp64."""
-    number = int(file.tensor("code_normalization_id")) if "code_normalization_id" in file.shapes else 1
+    number = whole_number(file, "code_normalization_id") if "code_normalization_id" in file.shapes else 1
     code = _CODE.get(number)
     if code is None or code == "DECOUPLED":
         raise SAEFormatError(

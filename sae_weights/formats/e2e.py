@@ -23,13 +23,14 @@ from sae_weights.hook import parse_hook_name
 from sae_weights.sae import SAE
 
 from .base import Format, Hints
+from .input_scale import constant_scale
 from .layout import Matrix, TensorRows
 from .pickled import PickledFile
 from .tensors import shown
 from .yaml_config import read_yaml_object
 
 CONFIG_FILE = "final_config.yaml"
-_ENCODER = "encoder.0.weight"
+_TENSORS = ("encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias")
 
 
 class EndToEndSAE(Format):
@@ -47,7 +48,7 @@ class EndToEndSAE(Format):
         if path.suffix != ".pt" or not path.is_file():
             return False
         try:
-            return any(name.endswith(_ENCODER) for name in PickledFile(path).shapes)
+            return any(name.endswith(_TENSORS[0]) for name in PickledFile(path).shapes)
         except (SAEFormatError, OSError):
             return False
 
@@ -57,37 +58,47 @@ class EndToEndSAE(Format):
             raise SAEFormatError(f"{path}: no .pt file; expected samples_N.pt beside {CONFIG_FILE}")
         config = weights.parent / CONFIG_FILE
         content = read_yaml_object(config) if config.is_file() else {}
-        whole = PickledFile(weights)
-        position = _position(whole, hints)
-        file = PickledFile(weights, prefix=f"{position}.") if position else whole
+        file = PickledFile(weights)
+        positions = _positions(file)
+        position = _chosen(file, positions, hints)
+        # Named by the whole name, so that errors are.
+        of = {name: f"{position}.{name}" if position else name for name in _TENSORS}
+        others = [f"{other}.{name}" for other in positions - {position} for name in _TENSORS]
         model = content.get("tlens_model_name")
         return SAE(
             architecture="e2e",
             hook=self.hook(weights, hints, position.replace("-", ".") or None),
             source=TensorRows(
                 file,
-                encoder=Matrix(_ENCODER),
-                decoder=Matrix("decoder.weight", transposed=True),
-                b_dec="decoder.bias",
-                gate={"b_enc": "encoder.0.bias"},
+                encoder=Matrix(of["encoder.0.weight"]),
+                decoder=Matrix(of["decoder.weight"], transposed=True),
+                b_dec=of["decoder.bias"],
+                gate={"b_enc": of["encoder.0.bias"]},
+                ignore=others,
                 what="e2e_sae's layout",
             ),
-            folding=Folding(input_scale=hints.norm_scaling_factor or 1.0, unit_decoder=True),
+            folding=Folding(input_scale=constant_scale(weights, hints), unit_decoder=True),
             metadata={"model_name": model} if isinstance(model, str) else {},
         )
 
 
-def _position(file: PickledFile, hints: Hints) -> str:
-    """The name in front of the chosen SAE's tensors; "" for a file that holds one SAE alone."""
-    positions = [n.removesuffix(_ENCODER).removesuffix(".") for n in sorted(file.shapes) if n.endswith(_ENCODER)]
+def _positions(file: PickledFile) -> set[str]:
+    """The names in front of the SAEs' tensors; "" for a file that holds one SAE alone."""
+    names = [(name, inner) for name in file.shapes for inner in _TENSORS if name.endswith(inner)]
+    positions = {name.removesuffix(inner).removesuffix(".") for name, inner in names}
     if not positions:
-        raise SAEFormatError(f"{file.path}: no tensor '…{_ENCODER}'; it holds {shown(file.shapes)}")
+        raise SAEFormatError(f"{file.path}: no tensor '…{_TENSORS[0]}'; it holds {shown(file.shapes)}")
+    return positions
+
+
+def _chosen(file: PickledFile, positions: set[str], hints: Hints) -> str:
+    """The one position, or the one that the hook names."""
     if len(positions) == 1:
-        return positions[0]
+        return next(iter(positions))
     wanted = parse_hook_name(hints.hook) if hints.hook else None
     chosen = [name for name in positions if parse_hook_name(name.replace("-", ".")) == wanted]
     if wanted is None or len(chosen) != 1:
-        hooks = [name.replace("-", ".") for name in positions]
+        hooks = sorted(name.replace("-", ".") for name in positions)
         raise SAEFormatError(
             f"{file.path}: holds the SAEs of {', '.join(hooks)}; "
             + (f"{hints.hook!r} is none of them" if hints.hook else f"choose one, e.g. --hook {hooks[0]}")

@@ -25,6 +25,7 @@ from sae_weights.hook import Hook
 from sae_weights.sae import SAE
 
 from .base import Format, Hints
+from .input_scale import constant_scale
 from .nested_fields import NestedFields
 from .pickled import load_pickled
 from .yaml_config import read_yaml_object
@@ -56,10 +57,7 @@ class ITDADictionary(Format):
         k = fields.count("k", DEFAULT_K)
         if hints.k not in (None, k):
             raise SAEFormatError(f"{fields.path}: field 'k' is {k} and the given k is {hints.k}; expected the same")
-        if hints.norm_scaling_factor is not None:
-            raise SAEFormatError(
-                f"{path}: norm_scaling_factor {hints.norm_scaling_factor} given; ITDA encodes activations as they are"
-            )
+        constant_scale(path, hints, unscalable="ITDA encodes activations as they are")
         atoms = _tensor(path / ATOMS_FILE)
         if atoms.ndim != 2 or 0 in atoms.shape or not atoms.is_floating_point():
             raise SAEFormatError(
@@ -68,18 +66,24 @@ class ITDADictionary(Format):
         n, d = atoms.shape
         if d != fields.count("activation_dim", d):
             raise fields.wrong("activation_dim", f"{d}, the width of {ATOMS_FILE}")
-        if (path / INDICES_FILE).is_file() and (indices := _tensor(path / INDICES_FILE)).shape != (n, 2):
-            raise SAEFormatError(f"{path / INDICES_FILE}: shape {list(indices.shape)}; expected {[n, 2]}")
+        if (path / INDICES_FILE).is_file():
+            indices = _tensor(path / INDICES_FILE)
+            if indices.shape != (n, 2) or indices.is_floating_point() or indices.is_complex():
+                raise SAEFormatError(
+                    f"{path / INDICES_FILE}: a tensor of shape {list(indices.shape)} and {indices.dtype}; "
+                    f"expected whole numbers {[n, 2]}"
+                )
         stated = Hook("resid_post", fields.layer("layer")).hook_name if "layer" in fields.content else None
         kept = {"model_name": "lm_name", "dataset_path": "dataset", "context_size": "seq_len"}
         metadata = {name: fields.content[theirs] for name, theirs in kept.items() if theirs in fields.content}
         return SAE.from_tensors(
+            label=str(path / ATOMS_FILE),
             architecture="itda",
             hook=self.hook(path, hints, stated),
             W_dec=atoms,
             b_dec=torch.zeros(d),
             gate={"b_enc": torch.zeros(n)},
-            k=min(k, n),
+            k=k,
             metadata=metadata,
         )
 

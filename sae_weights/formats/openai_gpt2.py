@@ -30,6 +30,7 @@ from sae_weights.sae import SAE
 
 from .base import Format, Hints
 from .fields import shown
+from .input_scale import PER_TOKEN, constant_scale
 from .layout import Matrix, TensorRows
 from .pickled import PickledFile
 
@@ -83,7 +84,9 @@ class OpenAIGPT2(Format):
                 ignore=_STATISTICS,
                 what="OpenAI's layout",
             ),
-            folding=Folding(input_scale=hints.norm_scaling_factor or 1.0, subtract_b_dec=True),
+            folding=Folding(
+                input_scale=constant_scale(path, hints, unscalable=PER_TOKEN if topk else ""), subtract_b_dec=True
+            ),
             input_norm="layer_norm" if topk else "none",
             k=k,
             metadata={"model_name": "gpt2-small"} if stated is not None else {},

@@ -36,6 +36,7 @@ from sae_weights.input_norm import InputNorm
 from sae_weights.sae import SAE
 
 from .base import Format, Hints
+from .input_scale import PER_TOKEN, constant_scale
 from .json_object import read_json_object
 from .nested_fields import NestedFields
 from .tensor_file import TensorFile
@@ -70,9 +71,8 @@ class PolySAEFolder(Format):
         encoder = fields.choice("architecture", ENCODERS)
         file = TensorFile(path / WEIGHTS_FILE)
         d, n = fields.count("d_in"), fields.count("d_sae")
-        file.require("W_enc", [d, n])
-        file.require("b_enc", [n])
-        file.require("b_dec", [d])
+        for name, shape in {"W_enc": [d, n], "W_dec": [n, d], "b_enc": [n], "b_dec": [d]}.items():
+            file.require(name, shape)
         metadata = fields.inside("metadata")
         gate, extras, settings = _decoder(file, fields, d, n)
         gate["b_enc"] = file.tensor("b_enc")
@@ -82,11 +82,12 @@ class PolySAEFolder(Format):
                 raise fields.wrong("k", f"at most d_sae, {n}")
         else:
             gate["threshold"] = _threshold(file, encoder, n)
-        _refuse_rescaling(file, fields, encoder, n, d)
+        _refuse_rescaling(file, fields, encoder)
         norm, scale = _norm(fields, hints)
         known = {"W_enc", "b_enc", "b_dec", "W_dec", "U1", "U2", "U3", "U_shared", "C1", "C2", "C3"}
         refuse_others(file, known | {"lambda2", "lambda3", "threshold", "topk_threshold"}, "PolySAE")
         return SAE.from_tensors(
+            label=str(file.path),
             architecture="polysae",
             hook=self.hook(path, hints, metadata.text("hook_name", "")),
             W_enc=file.tensor("W_enc").T.contiguous(),
@@ -109,28 +110,42 @@ def _decoder(
     if order > 3:
         raise fields.wrong("poly_order", "1, 2 or 3")
     shared = fields.flag("shared_u", False)
+    ranks = _ranks(file, d, n, shared)
     gate: dict[str, Tensor] = {}
     extras: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    before: int | None = None
     for i in range(1, order + 1):
-        core = f"C{i}"
-        file.require(core)
-        shape = file.shapes[core]
-        if len(shape) != 2 or shape[0] != d or shape[1] < 1 or (before is not None and shape[1] > before):
-            wanted = "R" if before is None else f"at most {before}"
-            raise SAEFormatError(f"{file.path}: tensor {core!r} has shape {shape}; expected [{d}, {wanted}]")
-        rank = shape[1]
-        before = before if shared and before is not None else rank
-        extras[core] = file.tensor(core)
-        if i == 1 or not shared:
-            factor = "U_shared" if shared else f"U{i}"
-            file.require(factor, [n, rank])
-            gate[f"U{i}"] = file.tensor(factor)
+        extras[f"C{i}"] = file.tensor(f"C{i}")
+        if i == 1 and shared:
+            file.require("U_shared", [n, ranks[0]])
+            gate["U1"] = file.tensor("U_shared")
+        elif not shared:
+            gate[f"U{i}"] = file.tensor(f"U{i}")
         if i > 1:
             file.require(f"lambda{i}", [])
             settings[f"lambda{i}"] = float(file.tensor(f"lambda{i}"))
     return gate, extras, settings
+
+
+def _ranks(file: TensorFile, d: int, n: int, shared: bool) -> list[int]:
+    """R1, R2, R3, after the shapes of all C's and U's were checked: the orders that do not count are in the file too."""
+    ranks: list[int] = []
+    for i in (1, 2, 3):
+        file.require(f"C{i}")
+        shape = file.shapes[f"C{i}"]
+        # A factor is cut to the rank of its product, so no rank is above those before it; of one U, not above its own.
+        most = ranks[0 if shared else -1] if ranks else None
+        if len(shape) != 2 or shape[0] != d or shape[1] < 1 or (most is not None and shape[1] > most):
+            wanted = "R" if most is None else f"at most {most}"
+            raise SAEFormatError(f"{file.path}: tensor 'C{i}' has shape {shape}; expected [{d}, {wanted}]")
+        ranks.append(shape[1])
+        file.require(f"U{i}", [n, shape[1]])
+        if shared and bool((file.tensor(f"U{i}") != 0).any()):
+            raise SAEFormatError(
+                f"{file.path}: tensor 'U{i}' holds numbers, finite ones or not; expected zeros beside shared_u, "
+                "where U_shared stands for all three"
+            )
+    return ranks
 
 
 def _threshold(file: TensorFile, encoder: str, n: int) -> Tensor:
@@ -141,10 +156,9 @@ def _threshold(file: TensorFile, encoder: str, n: int) -> Tensor:
     return file.tensor("topk_threshold").float().expand(n)
 
 
-def _refuse_rescaling(file: TensorFile, fields: NestedFields, encoder: str, n: int, d: int) -> None:
+def _refuse_rescaling(file: TensorFile, fields: NestedFields, encoder: str) -> None:
     if encoder == "poly_jumprelu" or not fields.flag("rescale_acts_by_decoder_norm", encoder != "poly_topk"):
         return
-    file.require("W_dec", [n, d])
     norms = file.tensor("W_dec").double().norm(dim=1)
     if encoder != "poly_topk" or not torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
         raise fields.wrong(
@@ -157,4 +171,7 @@ def _norm(fields: NestedFields, hints: Hints) -> tuple[InputNorm, float]:
     kind = fields.choice("normalize_activations", _NORMS, "none")
     if kind == _SCALED_INPUT and hints.norm_scaling_factor is None:
         raise fields.wrong("normalize_activations", "'none', or a norm_scaling_factor: the folder does not hold it")
-    return ("none" if kind == _SCALED_INPUT else cast(InputNorm, kind)), hints.norm_scaling_factor or 1.0
+    why = PER_TOKEN if kind not in ("none", _SCALED_INPUT) else ""
+    return ("none" if kind == _SCALED_INPUT else cast(InputNorm, kind)), constant_scale(
+        fields.path, hints, unscalable=why
+    )

@@ -33,6 +33,7 @@ from sae_weights.hook import Hook
 from sae_weights.sae import SAE
 
 from .base import Format, Hints
+from .input_scale import constant_scale
 from .json_object import read_json_object
 from .layout import Matrix, TensorRows
 from .nested_fields import NestedFields
@@ -96,7 +97,7 @@ class Sparsify(Format):
                 extras={"W_skip": "W_skip"} if skips else {},
                 what="sparsify's layout",
             ),
-            folding=Folding(input_scale=hints.norm_scaling_factor or 1.0, subtract_b_dec=not transcode),
+            folding=Folding(input_scale=constant_scale(path, hints), subtract_b_dec=not transcode),
             k=k,
             metadata={"hookpoint": _hookpoint(path)},
         )

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae_weights.errors import SAEFormatError
 from sae_weights.folding import Folding
 from sae_weights.sae import SAE
 
 from .base import Format, Hints
 from .bussmann import CONFIG_FILE, WEIGHTS_FILE, describe, read_checkpoint, sae_type, unused_bias
+from .input_scale import constant_scale
 from .layout import Matrix, TensorRows
 
 TYPE = "topafa"
@@ -39,11 +39,9 @@ class TopAFASAE(Format):
     def open(self, path: Path, hints: Hints) -> SAE:
         fields, file = read_checkpoint(path)
         fields.choice("sae_type", [TYPE])
-        if hints.norm_scaling_factor is not None:
-            raise SAEFormatError(
-                f"{fields.path}: norm_scaling_factor {hints.norm_scaling_factor} given; how many latents Top-AFA keeps "
-                "follows from the norm of the input, so a scale of the input cannot be folded into the weights"
-            )
+        constant_scale(
+            path, hints, unscalable="how many latents it keeps follows from the input's norm, so no scale can be folded"
+        )
         return SAE(
             architecture="top_afa",
             hook=self.hook(path, hints, fields.text("hook_point", "")),

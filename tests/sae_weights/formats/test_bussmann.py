@@ -57,6 +57,21 @@ def write(folder, state, kind, **settings):
     return folder
 
 
+def write_small(folder):
+    """One for tests of other modules."""
+    return write(folder, tensors(Draws(0), "global-matryoshka-topk"), "global-matryoshka-topk")
+
+
+def write_jumprelu(folder):
+    """One for tests of other modules."""
+    return write(folder, tensors(Draws(0), "jumprelu"), "jumprelu")
+
+
+def write_top_afa(folder):
+    """One for tests of other modules."""
+    return write(folder, tensors(Draws(0), "topafa"), "topafa")
+
+
 def layer_norm(x):
     """``preprocess_input``"""
     mean = x.mean(dim=-1, keepdim=True)

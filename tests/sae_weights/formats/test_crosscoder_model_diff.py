@@ -39,6 +39,11 @@ def write(folder, state, weights="cc_weights.pt", config="cfg.json", **settings)
     return folder
 
 
+def write_small(folder):
+    """One for tests of other modules."""
+    return write(folder, tensors(Draws(0)))
+
+
 @pytest.mark.parametrize("scale", [None, 0.27])
 def test_two_models_are_read_one_after_the_other(tmp_path, scale):
     draws = Draws(1)

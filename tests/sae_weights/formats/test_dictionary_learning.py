@@ -93,6 +93,17 @@ def write(folder, state, dict_class, **trainer):
     return folder
 
 
+def write_crosscoder(folder):
+    """A BatchTopK crosscoder for tests of other modules."""
+    state = crosscoder(Draws(0)) | {"code_normalization_id": torch.tensor(1)} | buffers(1.0)
+    return write(folder, state, "BatchTopKCrossCoder")
+
+
+def write_variational(folder):
+    """A variational dictionary for tests of other modules."""
+    return write(folder, linear(Draws(0)) | {"decoder.bias": Draws(1).normal(D)} | buffers(1.0), "VSAETopK")
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Every class, answered by the authors' code."""

@@ -36,6 +36,11 @@ def write(folder, positions, draws):
     return folder
 
 
+def write_small(folder):
+    """One for tests of other modules."""
+    return write(folder, POSITIONS[:1], Draws(0))
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     root = tmp_path_factory.mktemp("e2e")

@@ -44,6 +44,11 @@ def unit_rows(draws, n=N):
     return atoms / atoms.norm(dim=1, keepdim=True)
 
 
+def write_small(folder):
+    """One for tests of other modules."""
+    return write(folder, unit_rows(Draws(0)))
+
+
 def pursued(atoms, x, k):
     """``mp_encode``, one token at a time."""
     f = torch.zeros(len(x), len(atoms))

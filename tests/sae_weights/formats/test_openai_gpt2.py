@@ -35,6 +35,11 @@ def write(folder, state, layer=6):
     return folder / f"{layer}.pt"
 
 
+def write_small(folder):
+    """One for tests of other modules."""
+    return write(folder / "resid_post_mlp_v5_32k" / "autoencoders", tensors(Draws(0)))
+
+
 def test_a_topk_autoencoder_reads_layer_normed_inputs(tmp_path):
     draws = Draws(1)
     state = tensors(draws)
@@ -91,3 +96,15 @@ def test_what_does_not_fit_is_named_with_its_place(tmp_path):
     assert "activation_state_dict.k" in refusal(write(place / "3", state | {"activation_state_dict": {}}))
     assert "decoder.weight" in refusal(write(place / "4", {n: t for n, t in state.items() if n != "decoder.weight"}))
     assert "given k" in refusal(write(place / "5", state), k=K + 1)
+
+
+def test_a_constant_scale_is_refused_where_tokens_are_normalised_and_folded_elsewhere(tmp_path):
+    topk = write(tmp_path / "resid_post_mlp_v5_32k", tensors(Draws(1)))
+    assert "token by token" in refusal(topk, norm_scaling_factor=2.0)
+    draws = Draws(2)
+    state = tensors(draws, "ReLU")
+    relu = write(tmp_path / "resid_post_mlp", state)
+    sae, scaled = load_sae(relu), load_sae(relu, hints=Hints(norm_scaling_factor=2.0))
+    x = draws.tokens(TOKENS, D)
+    f = sae.encode(2.0 * x)
+    check_agreement(scaled, x, f, sae.decode_for(2.0 * x, f) / 2.0)

@@ -67,6 +67,16 @@ def write(folder, state, architecture, *, shared=False, order=3, **settings):
     return folder
 
 
+def write_small(folder):
+    """One for tests of other modules."""
+    return write(folder, tensors(Draws(0), "poly_jumprelu"), "poly_jumprelu")
+
+
+def write_shared(folder):
+    """One for tests of other modules."""
+    return write(folder, tensors(Draws(0), "poly_topk", shared=True), "poly_topk", shared=True)
+
+
 def decoded(state, f, *, shared, order):
     _, R2, R3 = RANKS
     U1 = state["U_shared"] if shared else state["U1"]
