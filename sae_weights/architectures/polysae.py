@@ -18,13 +18,13 @@ class PolySAE(BiasOnly):
     """A plain encoder, and a polynomial decoder of low rank::
 
         f = relu(p) · 1[p > θ], p = W_enc · x̃ + b_enc;   with k > 0: only the k largest p of the token
-        a_i = f · U_i                                                                      [R_i],  R_1 ≥ R_2 ≥ R_3
+        a_i = f · U_i                                                                      [R_i]
         x̂ = b_dec + a_1 · C_1ᵀ + λ_2 (a_1 ⊙ a_2) · C_2ᵀ + λ_3 (a_1 ⊙ a_2 ⊙ a_3) · C_3ᵀ
 
-    where a factor of higher rank is cut to the rank of the product. ``C2`` and ``C3`` [d_out, R_i] exist for the terms
-    that exist; without ``U2`` and ``U3`` the powers of a_1 take their place (the shared-U variant). ``threshold`` θ [n]
-    is 0 where absent, ``k`` is a setting (0: no TopK): TopK, JumpReLU (BatchTopK and Matryoshka are saved as it) and
-    ReLU encoders are one class.
+    A factor of higher rank is cut to the rank of the product (R_1 ≥ R_2 ≥ R_3). ``C2`` and ``C3`` [d_out, R_i] exist
+    for the terms that exist. Without ``U2`` and ``U3`` the powers of a_1 take their place: the shared-U variant, where
+    R_2 and R_3 are at most R_1. ``threshold`` θ [n] is 0 where absent, ``k`` is a setting (0: no TopK): TopK, JumpReLU
+    (BatchTopK and Matryoshka are saved as it) and ReLU encoders are one class.
 
     What a latent does depends on the others, so an edit is one difference of two decodings. Row j of W_dec is the
     direction in which it acts alone to first order, U_1[j] · C_1ᵀ (``linear_directions``); decoding does not read it.
@@ -70,7 +70,7 @@ class PolySAE(BiasOnly):
                 raise SAEFormatError(
                     f"{core}: shape {shape}, and {factor} has rank {own}; expected [d_model, that rank], at most {highest}"
                 )
-            highest = own
+            highest = highest if shared else own
 
     def scale_rows(self, gate: Gate, scale: Tensor) -> dict[str, Tensor]:
         scaled = super().scale_rows(gate, scale)

@@ -14,6 +14,7 @@ LAMBDA2, LAMBDA3 = -0.5, 0.25
 VARIANTS = [
     (order, ranks, shared) for order in (1, 2, 3) for ranks in ((7, 4, 2), (3, 3, 3)) for shared in (False, True)
 ]
+VARIANTS.append((3, (7, 2, 4), True))  # one U serves products of any rank up to its own
 
 
 def parts(order=3, ranks=(7, 4, 2), shared=False, seed=0):
