@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sae_weights import Hints, Hook, SAEFormatError, load_sae
 from tests.sae_weights.formats.agreement import check_agreement
@@ -21,7 +22,7 @@ from tests.sae_weights.formats.published import (
     save,
     write_json,
 )
-from tests.sae_weights.oracle import needs_oracle
+from tests.sae_weights.oracle import needs_oracle, run_oracle
 
 RESIDUAL, INPUT, OUTPUT = "blocks.8.hook_resid_post", "blocks.8.ln2.hook_normalized", "blocks.8.hook_mlp_out"
 
@@ -43,6 +44,32 @@ class TestOracle:
         assert (sae.origin.format, sae.hook) == ("llama_scope_r1", Hook("resid_post", 15))
         assert sae.metadata["model_name"] == "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
         check_agreement(sae, **answers)
+
+
+AVERAGES = {
+    "residual": (RESIDUAL, RESIDUAL, 6.3125, 6.3125),
+    "transcoder": (INPUT, OUTPUT, math.sqrt(D), 3.390625),
+    "transcoder-scaled": (INPUT, OUTPUT, 9.5, 3.390625),
+}
+
+
+class TestAuthors:
+    pytestmark = needs_oracle
+
+    @pytest.fixture(scope="class")
+    def work(self, tmp_path_factory):
+        root = tmp_path_factory.mktemp("llama-scope")
+        for seed, (case, (hook_in, hook_out, average_in, average_out)) in enumerate(AVERAGES.items()):
+            norms = {"in": average_in, "out": average_out}
+            written(root / case, llama_tensors(20 + seed), hook_in, hook_out, dataset_average_activation_norm=norms)
+        run_oracle("oracle_llama_scope.py", root)
+        return root
+
+    @pytest.mark.parametrize("case", AVERAGES)
+    def test_decoder_norms_and_both_scales_count_as_in_the_authors_class(self, work, case):
+        sae = load_sae(work / case)
+        assert (sae.hook_out is None) == (case == "residual")
+        check_agreement(sae, **load_file(work / case / "answers.safetensors"))
 
 
 def written(folder, tensors, hook_in=RESIDUAL, hook_out=RESIDUAL, **changes):
