@@ -102,12 +102,14 @@ def _activations(
     """(activations to measure on, activations to judge on, names of the texts)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from editserver.cli.sae import parse_count
     from editserver.demo.model import cache_root, ensure_demo_model
     from sae_weights.knowledge.passages import bundled_texts, own_texts
     from sae_weights.training.activations import Truncated, collect
 
+    logging.disable_progress_bar()  # two displays on one terminal garble each other
     path = str(ensure_demo_model()) if model == "demo" else model
     width = AutoConfig.from_pretrained(path).get_text_config().hidden_size
     if width != sae.d_model:

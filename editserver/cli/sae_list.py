@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from editserver.cli.sae_source import console, fail, size_of
@@ -64,9 +64,10 @@ def _bundled() -> None:
 def _formats() -> None:
     from sae_weights import FORMATS
 
-    table = Table("--format", "written by", "files", "gives")
+    table = Table(Column("--format", no_wrap=True), "written by", "files", "gives")
     for one in FORMATS:
-        table.add_row(one.name, one.title, one.files, ", ".join(one.architectures))
+        gives = "any architecture" if one.name == "editserver" else ", ".join(one.architectures)
+        table.add_row(one.name, one.title, Text(one.files, overflow="fold"), gives)
     console.print(table)
 
 
@@ -85,18 +86,11 @@ def _search(text: str, limit: int) -> None:
         fail(
             f"--registry {text!r}: none of {len(known):,} ids has these words" + (f"; near: {near[0]}" if near else "")
         )
-    table = Table("id", "model", "L0", "loader", "Neuronpedia")
     for entry in shown:
-        l0 = "" if entry.l0 is None else f"{entry.l0:g}"
-        # What cannot be copied is of no use: ids fold, they are not cut.
-        table.add_row(
-            Text(entry.id, overflow="fold"),
-            entry.model,
-            l0,
-            entry.loader,
-            Text(entry.neuronpedia or "", overflow="fold"),
-        )
-    console.print(table)
+        l0 = "" if entry.l0 is None else f"  L0 {entry.l0:g}"
+        about = f"  {entry.model}{l0}" + (f"  {entry.neuronpedia}" if entry.neuronpedia else "")
+        # Lines, not a table: an id that is folded cannot be copied.
+        console.print(Text.assemble(entry.id, (about, "dim")), soft_wrap=True)
     more = sum(1 for _ in found)
     if more:
         console.print(f"{more:,} more: add a word, or --limit {len(shown) + more}", highlight=False)
