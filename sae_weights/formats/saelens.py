@@ -23,8 +23,9 @@ Folded, and why:
 - ``metadata.model_from_pretrained_kwargs.center_writing_weights``: trained on TransformerLens' centred GPT-2, whose
   stream has mean 0 at every token. On the model as it is, the mean is taken off first: input_norm "centre".
 
-Per token: ``constant_norm_rescale``, ``layer_norm``. ``covariance_whitening`` is folded by SAELens when it saves an
-inference model; a checkpoint from before that is refused.
+- ``covariance_whitening``, in training checkpoints: see whitening.py.
+
+Per token: ``constant_norm_rescale``, ``layer_norm``.
 
 Source: sae-lens 6.54.12, saes/ and loading/pretrained_sae_loaders.py (MIT).
 """
@@ -43,6 +44,7 @@ from sae_weights.architectures import ARCHITECTURES
 from sae_weights.errors import SAEFormatError
 from sae_weights.folding import Folding
 from sae_weights.sae import SAE
+from sae_weights.source import RowSource
 
 from .base import Format, Hints
 from .json_object import read_json_object
@@ -58,6 +60,7 @@ from .saelens_config import (
 )
 from .saelens_writer import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE, save_saelens
 from .tensor_file import TensorFile
+from .whitening import WhitenedRows
 
 __all__ = ["CONFIG_FILE", "SCALER_FILE", "SIDECAR_FILE", "WEIGHTS_FILE", "SAELens", "save_saelens"]
 
@@ -89,17 +92,22 @@ class SAELens(Format):
             # Compared with the norm of what is left of the input, in the units of training.
             limit = config.settings["residual_threshold"] / scale
             config = replace(config, settings={**config.settings, "residual_threshold": limit})
+        source: RowSource = _rows(TensorFile(path / WEIGHTS_FILE), config)
+        folding = Folding(
+            input_scale=scale,
+            decoder_norm=config.rescale_acts_by_decoder_norm,
+            subtract_b_dec=config.apply_b_dec_to_input,
+        )
+        if config.whitened:
+            source = WhitenedRows(source, path, folding, ARCHITECTURES[config.architecture])
+            folding = Folding()
         try:
             return SAE(
                 architecture=config.architecture,
                 hook=config.hook,
                 hook_out=config.hook_out,
-                source=_rows(TensorFile(path / WEIGHTS_FILE), config),
-                folding=Folding(
-                    input_scale=scale,
-                    decoder_norm=config.rescale_acts_by_decoder_norm,
-                    subtract_b_dec=config.apply_b_dec_to_input,
-                ),
+                source=source,
+                folding=folding,
                 input_norm=config.input_norm,
                 k=config.k,
                 settings=config.settings,

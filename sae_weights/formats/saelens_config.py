@@ -63,7 +63,8 @@ _PRE_6_METADATA = (
     "hf_hook_name_out",
 )
 SCALED_INPUT = "expected_average_only_in"
-_NORMS = ("none", "constant_norm_rescale", "layer_norm", SCALED_INPUT)
+WHITENED = "covariance_whitening"
+_NORMS = ("none", "constant_norm_rescale", "layer_norm")
 _CENTRING = "center_writing_weights"
 # Places that TransformerLens' centred models hold without their mean: the stream, and what is written to it.
 _CENTRED_POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -83,6 +84,7 @@ class SAELensConfig:
     apply_b_dec_to_input: bool
     input_norm: InputNorm
     scaled_input: bool  # inputs were scaled by a constant, which the config does not hold
+    whitened: bool  # inputs were whitened by matrices, which lie beside the config
     rescale_acts_by_decoder_norm: bool
     k: int | None
     settings: dict[str, Any]
@@ -119,7 +121,7 @@ def read_config(path: Path, hints: Hints | None = None, sidecar: Mapping[str, An
     if transcoder and subtract:
         raise fields.wrong("apply_b_dec_to_input", True, "false: the b_dec of a transcoder is no input")
     hook = _hook(path, "hook", hints.hook, metadata, ("hook_name", "hf_hook_name"))
-    input_norm, scaled = _input_norm(fields, transcoder, _centred(metadata, hook))
+    norm = _norm(fields, stored)
     return SAELensConfig(
         architecture=architecture,
         stored_architecture=stored,
@@ -127,8 +129,9 @@ def read_config(path: Path, hints: Hints | None = None, sidecar: Mapping[str, An
         d_out=fields.count("d_out") if transcoder else d_in,
         d_sae=d_sae,
         apply_b_dec_to_input=subtract,
-        input_norm=input_norm,
-        scaled_input=scaled,
+        input_norm=_input_norm(fields, norm, _centred(metadata, hook)),
+        scaled_input=norm == SCALED_INPUT,
+        whitened=norm == WHITENED,
         rescale_acts_by_decoder_norm=(
             fields.get("rescale_acts_by_decoder_norm", bool, default=stored in TRAINED)
             if stored in (*TRAINED, *_TOPK)
@@ -146,22 +149,23 @@ def read_config(path: Path, hints: Hints | None = None, sidecar: Mapping[str, An
     )
 
 
-def _input_norm(fields: _Fields, transcoder: bool, centred: bool) -> tuple[InputNorm, bool]:
-    """(what is done to each token, whether a constant scale is missing)."""
-    if (stored := fields.content.get("normalize_activations")) == "covariance_whitening":
-        raise fields.wrong(
-            "normalize_activations",
-            stored,
-            f"one of {', '.join(_NORMS)}. Whitening stands in training checkpoints only: SAELens folds it into the "
-            "inference model that it saves; take that one",
-        )
-    # SAELens would normalise a transcoder's input and not its output; nothing published does.
-    norm = fields.choice("normalize_activations", ("none", SCALED_INPUT) if transcoder else _NORMS, default="none")
+def _norm(fields: _Fields, stored: str) -> str:
+    # SAELens would normalise a transcoder's input and not its output, and cannot whiten a tied encoder.
+    allowed: tuple[str, ...] = (*_NORMS, SCALED_INPUT, WHITENED)
+    if stored in TRANSCODERS:
+        allowed = ("none", SCALED_INPUT)
+    elif stored == "matching_pursuit":
+        allowed = (*_NORMS, SCALED_INPUT)
+    return fields.choice("normalize_activations", allowed, default="none")
+
+
+def _input_norm(fields: _Fields, norm: str, centred: bool) -> InputNorm:
+    """What is done to each token."""
     if not centred:
-        return ("none" if norm == SCALED_INPUT else cast(InputNorm, norm)), norm == SCALED_INPUT
-    if transcoder or norm == "constant_norm_rescale":
+        return cast(InputNorm, norm) if norm in _NORMS else "none"
+    if norm not in ("none", "layer_norm", SCALED_INPUT) or fields.content.get("architecture") in TRANSCODERS:
         raise fields.wrong("metadata.model_from_pretrained_kwargs", {_CENTRING: True}, f"no centring beside {norm!r}")
-    return ("layer_norm" if norm == "layer_norm" else "centre"), norm == SCALED_INPUT
+    return "layer_norm" if norm == "layer_norm" else "centre"
 
 
 def _centred(metadata: Mapping[str, Any], hook: Hook) -> bool:

@@ -33,6 +33,7 @@ from sae_lens.saes.transcoder import (
     Transcoder,
     TranscoderConfig,
 )
+from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
 from safetensors.torch import load_file, save_file
 
 D, N, TOKENS, K = 24, 96, 40, 7
@@ -52,6 +53,7 @@ PURSUIT = {
     "iterations": {"residual_threshold": 0.0, "max_iterations": 9, "stop_on_duplicate_support": False},
     "support": {"residual_threshold": 1e-3},
 }
+WHITENED = ("standard", "jumprelu", "gated", "topk", "topk-rescaled", "abstopk-rescaled", "batchtopk", "batchtopk-raw")
 D_OUT = 18
 TRANSCODERS = {
     "transcoder": (Transcoder, TranscoderConfig, {}),
@@ -140,9 +142,35 @@ def make_theirs(root, generator):
     answers = load_file(folder / "answers.safetensors")
     save_file({**answers, "x": x, "x_hat": answers["x_hat"] + mean}, folder / "answers.safetensors")
 
+    for name, subtract in itertools.product(WHITENED, (True, False)):
+        whitened(root / f"whitened-{name}.{'centred' if subtract else 'plain'}", name, subtract, generator)
+
     heads = build(INFERENCE, "jumprelu", generator, hook="blocks.2.attn.hook_z", reshape_activations="hook_z")
     heads.save_model(root / "hook_z")
     answer(SAE.load_from_disk(root / "hook_z"), root / "hook_z", inputs(generator).reshape(TOKENS, 3, D // 3))
+
+
+def whitened(folder, name, subtract, generator):
+    """A checkpoint from before the whitening was folded, and what SAELens' folding makes of it."""
+    spread = torch.rand(D, generator=generator) * 3 + 0.2
+    basis = torch.linalg.qr(torch.randn(D, D, generator=generator))[0]
+    whitening = ActivationWhitening(
+        torch.randn(D, generator=generator), basis @ torch.diag(1 / spread), torch.diag(spread) @ basis.T
+    )
+    settings = {"normalize_activations": "covariance_whitening", "apply_b_dec_to_input": subtract}
+    if name.startswith("batchtopk"):
+        settings |= {"k": K, "rescale_acts_by_decoder_norm": name == "batchtopk"}
+        sae = build(TRAINING, "batchtopk", generator, **settings)
+        sae.topk_threshold.fill_(2.5)
+    else:
+        sae = build(INFERENCE, name, generator, **settings)
+    sae.save_model(folder)
+    ActivationScaler(whitening=whitening).save(str(folder / "activation_scaler.json"))
+    sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    if name.startswith("batchtopk"):
+        sae.save_inference_model(folder / "inference")
+        sae = SAE.load_from_disk(folder / "inference")
+    answer(sae, folder, inputs(generator))
 
 
 def main():

@@ -50,6 +50,20 @@ TRANSCODERS = [
     for name in ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
     for d_out in (24, 18)
 ]
+WHITENED = [
+    f"whitened-{name}.{centred}"
+    for name in (
+        "standard",
+        "jumprelu",
+        "gated",
+        "topk",
+        "topk-rescaled",
+        "abstopk-rescaled",
+        "batchtopk",
+        "batchtopk-raw",
+    )
+    for centred in ("centred", "plain")
+]
 OURS = [
     f"{name}.{norm}.{dtype}"
     for name in ("relu", "jumprelu", "gated", "topk", "batchtopk", "abstopk", "matryoshka")
@@ -148,6 +162,13 @@ def test_a_dictionary_of_the_centred_gpt2_reads_the_stream_as_it_is(work):
     sae = load_sae(work / "theirs" / "centred-model")
     assert (sae.input_norm, sae.refusal) == ("centre", None)
     check_agreement(sae, **load_file(work / "theirs" / "centred-model" / "answers.safetensors"))
+
+
+@pytest.mark.parametrize("case", WHITENED)
+def test_whitening_is_folded_as_sae_lens_folds_it(work, case):
+    sae = load_sae(work / "theirs" / case)
+    assert sae.input_norm == "none"
+    check_agreement(sae, **load_file(work / "theirs" / case / "answers.safetensors"))
 
 
 def test_heads_are_flattened_as_sae_lens_flattens_them(work):

@@ -69,7 +69,7 @@ MISSING = object()
         (
             "normalize_activations",
             "covariance_whitening",
-            "is 'covariance_whitening'; expected one of .*Whitening stands in training checkpoints only",
+            r"activation_whitening\.safetensors: no such file",
         ),
         ("reshape_activations", "hook_q", "field 'reshape_activations' is 'hook_q'; expected one of none, hook_z"),
         ("metadata", [], r"field 'metadata' is \[\]; expected an object"),

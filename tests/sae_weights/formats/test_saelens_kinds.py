@@ -190,6 +190,28 @@ def test_centring_and_rescaling_together_are_refused(tmp_path):
         load_sae(write(tmp_path, tensors(), metadata=CENTRED, normalize_activations="constant_norm_rescale"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mean": torch.zeros(D + 1)},
+            r"activation_whitening\.safetensors: tensor 'mean' has shape \[7\]; expected \[6\]",
+        ),
+        ({"matrix": torch.zeros(D, D)}, "tensor 'inverse_matrix' is not the inverse of 'matrix'"),
+        ({"matrix": torch.full((D, D), torch.nan)}, "tensor 'inverse_matrix' is not the inverse of 'matrix'"),
+        ({"more": torch.zeros(1)}, "tensor 'more' .* does not belong to SAELens' whitening"),
+    ],
+)
+def test_wrong_whitening_is_named(tmp_path, changes, message):
+    folder = write(tmp_path, tensors(), normalize_activations="covariance_whitening")
+    with pytest.raises(SAEFormatError, match=r"activation_whitening\.safetensors: no such file"):
+        load_sae(folder)
+    right = {"mean": torch.zeros(D), "matrix": torch.eye(D) * 2, "inverse_matrix": torch.eye(D) / 2}
+    save_file(right | changes, folder / "activation_whitening.safetensors")
+    with pytest.raises(SAEFormatError, match=message):
+        load_sae(folder)
+
+
 def test_what_the_registry_knows_better_replaces_the_configs_fields(tmp_path):
     old = {"d_in": D, "d_sae": N, "hook_point": "blocks.8.hook_resid_pre", "model_name": "gpt2-small"}
     write(tmp_path, tensors())
@@ -210,7 +232,9 @@ def test_what_the_registry_knows_better_replaces_the_configs_fields(tmp_path):
 def test_a_hook_that_the_caller_names_must_be_one_and_agree(tmp_path):
     folder = write(tmp_path, tensors())
     assert load_sae(folder, hints=Hints(hook="model.layers.3")).hook == Hook("resid_post", 3)
-    with pytest.raises(SAEFormatError, match=r"the given hook 'blocks\.4\.hook_resid_post' and .* are different places"):
+    with pytest.raises(
+        SAEFormatError, match=r"the given hook 'blocks\.4\.hook_resid_post' and .* are different places"
+    ):
         load_sae(folder, hints=Hints(hook="blocks.4.hook_resid_post"))
     with pytest.raises(SAEFormatError, match="hook: 'layer three'; expected one like"):
         load_sae(folder, hints=Hints(hook="layer three"))
