@@ -34,7 +34,8 @@ from .input_scale import PER_TOKEN, constant_scale
 from .layout import Matrix, TensorRows
 from .pickled import PickledFile
 
-_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square", "activation_state_dict.k")
+# activation.k: what the authors' state_dict() also writes of the activation, and their loader does not take.
+_UNREAD = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square", "activation.k")
 _LOCATIONS = {
     "mlp_post_act": "mlp.post",
     "resid_delta_attn": "attn_out",
@@ -81,7 +82,7 @@ class OpenAIGPT2(Format):
                 decoder=Matrix("decoder.weight", transposed=True),
                 b_dec="pre_bias",
                 gate={"b_enc": "latent_bias"},
-                ignore=_STATISTICS,
+                ignore=(*_UNREAD, "activation_state_dict.k"),
                 what="OpenAI's layout",
             ),
             folding=Folding(

@@ -80,6 +80,13 @@ def test_the_folders_name_the_place(tmp_path, folder, hook):
     assert load_sae(write(tmp_path / folder, tensors(Draws(1)))).hook == hook
 
 
+def test_the_activation_may_be_written_twice_as_the_authors_state_dict_does(tmp_path):
+    state = tensors(Draws(1))
+    once = load_sae(write(tmp_path / "resid_post_mlp", state))
+    twice = state | {"activation.k": K, "activation.postact_fn": "ReLU"}
+    assert load_sae(write(tmp_path / "resid_post_mlp_v5_32k", twice)).digest == once.digest
+
+
 def refusal(path, **hints):
     with pytest.raises(SAEFormatError) as error:
         load_sae(path, hints=Hints(**hints))
