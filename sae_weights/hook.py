@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 # The same place under TransformerLens' older (hook_resid_*) and newer (hook_in, hook_out) names.
 _RESIDUAL_ALIASES = {"in": "resid_pre", "out": "resid_post"}
-_TRANSFORMER_LENS = re.compile(r"blocks\.(\d+)\.(.+)")
+_TRANSFORMER_LENS = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 # A decoder layer as Hugging Face names it: model.layers.3, model.language_model.layers.3, transformer.h.3
-_HF_LAYER = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_]*\.)*(?:layers|h|blocks)\.(\d+)(?:\.(.+))?")
+_HF_LAYER = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_]*\.)*(?:layers|h|blocks)\.(\d{1,4})(?:\.(.+))?")
 _HF_RESIDUAL = {None: "resid_post", "output": "resid_post", "input": "resid_pre"}
 
 

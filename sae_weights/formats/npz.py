@@ -14,6 +14,10 @@ from sae_weights.errors import SAEFormatError
 
 from .loaded import LoadedTensors
 
+# Weights hardly compress at all; a file of zeros, which fills the memory when it is read, compresses a thousandfold.
+_MOST_COMPRESSED = 50
+_SMALL = 64 << 20
+
 
 class NpzFile(LoadedTensors):
     """Names, shapes and tensors of an .npz archive, read whole (an archive member cannot be mapped)."""
@@ -31,6 +35,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise SAEFormatError(f"{path}: a single array; expected an .npz archive")
+            unpacked = sum(entry.file_size for entry in archive.zip.infolist())
+            if unpacked > max(_SMALL, _MOST_COMPRESSED * path.stat().st_size):
+                raise SAEFormatError(
+                    f"{path}: {path.stat().st_size} bytes unpack to {unpacked}: no weights compress so far"
+                )
             for name in archive.files:
                 tensors[name] = torch.from_numpy(np.ascontiguousarray(archive[name]))
     except SAEFormatError:

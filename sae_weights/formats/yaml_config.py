@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from sae_weights.errors import SAEFormatError
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 1 << 20
 # Aliases let a short file stand for an exponentially long one, or for one without end.
 MAX_VALUES = 100_000
 
@@ -17,7 +17,7 @@ MAX_VALUES = 100_000
 def read_yaml_object(path: Path) -> dict[str, Any]:
     """A YAML mapping with string keys from a file; SAEFormatError names the file and the place otherwise.
 
-    Tags of Python objects, documents longer than 4 MiB, and aliases that expand to more than 100,000 values are refused.
+    Tags of Python objects, documents longer than 1 MiB, and aliases that expand to more than 100,000 values are refused.
     """
     try:
         if path.stat().st_size > MAX_BYTES:

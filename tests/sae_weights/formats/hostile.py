@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import warnings
 import zipfile
 
 import numpy as np
@@ -101,15 +102,31 @@ def lying_npz(tensors):
         for _ in range(64):
             out.write(b"\x00" * (1 << 20))
     yield bomb.getvalue()
+    yield zeros_that_unpack_to(128 << 20)
+
+
+def zeros_that_unpack_to(size):
+    """An archive whose matrices are as large as they say, and hardly take any space while they are packed."""
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file, file.open("W_enc.npy", "w") as out:
+        np.lib.format.write_array_header_2_0(
+            out, {"descr": "<f4", "fortran_order": False, "shape": (size // 4096, 1024)}
+        )
+        for _ in range(size >> 20):
+            out.write(b"\x00" * (1 << 20))
+    return bomb.getvalue()
 
 
 def lying_torch(tensors):
     """Tensors that are said to be larger than what is stored of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch no longer likes quantised tensors; files may hold them all the same
+        quantised = torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8)
     for tensor in (
         torch.ones(1).expand(1 << 20, 1 << 20),
         torch.ones(()).as_strided((1 << 30, 1 << 30), (0, 0)),
         torch.ones(3, 3).to_sparse(),
-        torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8),
+        quantised,
         torch.ones(3, 3, device="meta"),
     ):
         content = {}
@@ -125,6 +142,13 @@ def lying_torch(tensors):
         stored = io.BytesIO()
         torch.save(content, stored)
         yield stored.getvalue()
+    packed = io.BytesIO()
+    plain = io.BytesIO()
+    torch.save({"W_enc": torch.zeros(1 << 20)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    yield packed.getvalue()
     deep: dict = {}
     for _ in range(300):
         deep = {"a": deep}

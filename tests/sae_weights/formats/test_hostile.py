@@ -13,7 +13,16 @@ import torch
 from editserver.catalogue import CatalogueError, OpenedSAE, check_fit
 from sae_weights import SAEFormatError, load_sae
 from sae_weights.formats import FORMATS
-from tests.sae_weights.formats.hostile import LIES, NOT_A_CONFIG, ODD, ODD_YAML, UNPICKLE, evil_contents, laughs
+from tests.sae_weights.formats.hostile import (
+    LIES,
+    NOT_A_CONFIG,
+    ODD,
+    ODD_YAML,
+    UNPICKLE,
+    evil_contents,
+    laughs,
+    zeros_that_unpack_to,
+)
 from tests.sae_weights.formats.makers import MAKERS, TEXTS, WEIGHTS, files, read, rewrite, write_tensors
 
 FLIPS = 30
@@ -336,6 +345,12 @@ def test_headers_that_lie_about_sizes_are_refused(case):
             file.write_bytes(content)
             case.refused()
         file.write_bytes(whole)
+
+
+def test_zeros_that_fill_the_memory_are_not_unpacked(tmp_path):
+    case = Case("gemma_scope", tmp_path / "checkpoint")
+    case.weights[0].write_bytes(zeros_that_unpack_to(128 << 20))
+    assert "unpack to 134" in case.refused("params.npz")
 
 
 # Configs
