@@ -48,7 +48,8 @@ class Target:
 
 def label(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SAE...", help="Bundled ids or SAELens folders, of one model; read together.")
+        list[str],
+        typer.Argument(metavar="SAE...", help="Bundled ids, folders, published ids; of one model, read together."),
     ],
     model: Annotated[str, typer.Option(help="A model folder or Hugging Face id; 'demo' is the bundled one.")] = "demo",
     tokens: Annotated[str, typer.Option(help="How many tokens to read, e.g. 400k.")] = "400k",
@@ -106,7 +107,7 @@ def label(
 
 
 def import_labels(
-    source: Annotated[str, typer.Argument(metavar="SAE", help="A bundled id or a SAELens folder.")],
+    source: Annotated[str, typer.Argument(metavar="SAE", help="A bundled id, a folder or a published id.")],
     path: Annotated[Path, typer.Argument(help="A folder or file of Neuronpedia's exports, or a folder of delphi's.")],
     layout: Annotated[str, typer.Option("--format", help="auto, neuronpedia or delphi.")] = "auto",
     out: Annotated[
@@ -157,12 +158,12 @@ class _Report:
 
 
 def _target(source: str, out: Path | None, hand_labels: Path | None, force: bool) -> Target:
-    from sae_weights.catalogue import BUNDLED_FOLDER, bundled, resolve
+    from sae_weights.catalogue import locate
     from sae_weights.knowledge import FILE, KnowledgeError, KnowledgeStore
 
-    name, sae = resolve(source)
-    place = source.partition("=")[2] or source
-    folder = BUNDLED_FOLDER / place if place in bundled() else Path(place).expanduser()
+    found = locate(source)
+    name, sae = found.name, found.open()
+    folder = found.path.parent if found.path.is_file() else found.path  # where the server looks for it
     path = out or folder / FILE
     labels: dict[int, tuple[str, str]] = {}
     if path.exists():

@@ -46,6 +46,13 @@ def wheel(tmp_path):
     return path
 
 
+def test_everything_is_cached_in_one_folder():
+    from editserver.demo import model
+    from sae_weights import cache
+
+    assert cache.cache_root() == model.cache_root()
+
+
 def test_the_bundled_ones_are_listed():
     done = run("list")
     assert done.exit_code == 0
