@@ -140,6 +140,11 @@ def one_layer(path: Path, prefix: str, hints: Hints) -> tuple[Path, int]:
 
 def hooks_of(one: Format, weights: Path, layer: int, hints: Hints) -> tuple[Fields, Hook, Hook | None]:
     """The set's config, where a layer's dictionary reads, and where it writes (None: where it reads)."""
+    if hints.norm_scaling_factor is not None:
+        raise SAEFormatError(
+            f"{weights}: norm_scaling_factor {hints.norm_scaling_factor} given; these dictionaries were trained on activations "
+            "as they are"
+        )
     place = weights.parent / CONFIG_FILE
     if place.exists():
         config = Fields(place, read_yaml_object(place))

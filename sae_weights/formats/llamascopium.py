@@ -122,8 +122,14 @@ class Llamascopium(Format):
             raise SAEFormatError(f"{path}: no weights; expected one of {', '.join(WEIGHTS_FILES)}")
         file: Tensors = TensorFile(weights) if weights.suffix == ".safetensors" else PickledFile(weights, prefix="sae.")
         checkpoint = _Checkpoint(file, fields)
+        if hints.norm_scaling_factor is not None:
+            raise SAEFormatError(
+                f"{file.path}: norm_scaling_factor {hints.norm_scaling_factor} given; the file holds the norms that it needs"
+            )
+        if hints.k is not None and hints.k != checkpoint.k:
+            raise SAEFormatError(f"{fields.path}: field 'top_k' makes it k = {checkpoint.k}; the given k is {hints.k}")
         if kind == "crosscoder":
-            return _crosscoder(checkpoint)
+            return _crosscoder(checkpoint, hints)
         if kind == "clt":
             return _clt(checkpoint, path, hints)
         return self._sae(checkpoint, path, hints)
@@ -271,9 +277,13 @@ def _decoder_norms(W_D: Tensor) -> Tensor:
     return norms.clamp(min=_MIN_DECODER_NORM)
 
 
-def _crosscoder(checkpoint: _Checkpoint) -> SAE:
+def _crosscoder(checkpoint: _Checkpoint, hints: Hints) -> SAE:
     fields, file, d = checkpoint.fields, checkpoint.file, checkpoint.d
     hooks = fields.hooks("hook_points")
+    if hints.hook is not None and parse_hook_name(hints.hook) not in hooks:
+        raise SAEFormatError(
+            f"hook: {hints.hook!r}; this crosscoder reads {', '.join(hook.hook_name for hook in hooks)}"
+        )
     if checkpoint.norm == "token-wise":
         raise fields.wrong("norm_activation", f"{_CONSTANT} for a crosscoder, whose places have norms of their own")
     heads = len(hooks)

@@ -219,6 +219,20 @@ def test_a_wrong_field_is_named(tmp_path, changes, message):
         load_sae(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("hints", "message"),
+    [
+        (Hints(norm_scaling_factor=2.0), "norm_scaling_factor 2.0 given; the file holds the norms"),
+        (Hints(k=3), "field 'top_k' makes it k = None; the given k is 3"),
+        (Hints(hook="blocks.9.hook_resid_post"), "are different places"),
+        (Hints(hook_out="nowhere"), "hook_out: 'nowhere'; expected one like"),
+    ],
+)
+def test_a_hint_that_does_not_fit_is_refused(tmp_path, hints, message):
+    with pytest.raises(SAEFormatError, match=message):
+        load_sae(write_small(tmp_path), hints=hints)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_norm_that_is_none_is_refused(tmp_path, value):
     write_small(tmp_path)
