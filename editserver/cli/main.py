@@ -60,7 +60,10 @@ def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, or demo.")],
     sae: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]SOURCE", help="A dictionary: a SAELens folder or a bundled id. Repeatable."),
+        typer.Option(
+            metavar="[NAME=]SOURCE",
+            help="A dictionary: a bundled id, a folder or file of any format, RELEASE/SAE_ID, hf://ORG/REPO/PATH. Repeatable.",
+        ),
     ] = None,
     arm_layers: Annotated[
         str | None, typer.Option(metavar="10,15|all", help="Further layers that can be steered (0-based).")
@@ -200,7 +203,7 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Entry point of the ``editserver`` script."""
     if importlib.util.find_spec("editserver.cli.sae") is not None:
-        app.add_typer(importlib.import_module("editserver.cli.sae").app, name="sae", help="SAEs: list, inspect, train.")
+        app.add_typer(importlib.import_module("editserver.cli.sae").app, name="sae")
     app(with_dashes(sys.argv[1:]))
 
 
