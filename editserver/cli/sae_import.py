@@ -67,7 +67,7 @@ def import_sae(
     The rows of a latent lie together in the file, the digest stands beside them, and everything is folded: a dictionary
     of 131,072 latents starts in seconds, and only touched rows are read. The copy is read back and checked.
 
-    Example: editserver sae import EleutherAI/sae-llama-3.1-8b-32x/layers.23 ./llama-l23
+    Example: editserver sae import EleutherAI/sae-llama-3-8b-32x/layers.10 ./llama-l10
     """
     import torch
 
