@@ -191,7 +191,7 @@ def _settings(fields: _Fields, architecture: str, group_sizes: list[int]) -> dic
     if architecture != "matching_pursuit":
         return {}
     limit = fields.content.get("residual_threshold", 0.01)
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < math.inf:
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < 1e300:
         raise fields.wrong("residual_threshold", limit, "a number of at least 0")
     return {
         "residual_threshold": float(limit),
@@ -207,7 +207,7 @@ def scale_field(path: Path, content: Mapping[str, Any], field: str) -> float | N
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise SAEFormatError(f"{path}: field {field!r} is {value!r}; expected a positive number")
+        raise SAEFormatError(f"{path}: field {field!r} is {_shown(value)}; expected a positive number")
     return float(value)
 
 

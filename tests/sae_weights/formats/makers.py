@@ -98,6 +98,69 @@ def saelens_topk(folder: Path) -> Path:
     return folder
 
 
+def _saelens(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    write_tensors(folder / "sae_weights.safetensors", tensors)
+    told = {"sae_lens_version": "6.54.12", "hook_name": "blocks.3.hook_resid_post", "model_name": "tiny"}
+    base: dict[str, Any] = {"d_in": D, "d_sae": N, "dtype": "float32", "apply_b_dec_to_input": True, "metadata": told}
+    base |= {"normalize_activations": "none", "reshape_activations": "none"}
+    write_json(folder / "cfg.json", base | config)
+    write_json(folder / "editserver.json", {"median_norm": 3.5, "max_activation": [1.0] * N, "density": [0.1] * N})
+    return folder
+
+
+def saelens_gated(folder: Path) -> Path:
+    tensors = matrices(encoder="W_enc", decoder="W_dec", enc_rows=False, dec_rows=True)
+    return _saelens(folder, tensors | vectors(b_gate=N, b_mag=N, r_mag=N, b_dec=D), architecture="gated")
+
+
+def saelens_training(folder: Path) -> Path:
+    tensors = matrices(encoder="W_enc", decoder="W_dec", enc_rows=False, dec_rows=True) | vectors(b_enc=N, b_dec=D)
+    tensors["topk_threshold"] = torch.tensor(0.5, dtype=torch.float64)
+    write_json(folder / "activation_scaler.json", {"scaling_factor": 0.37})
+    kind: dict[str, Any] = {"architecture": "matryoshka_batchtopk", "k": K, "matryoshka_widths": [6, N]}
+    return _saelens(folder, tensors, normalize_activations="expected_average_only_in", **kind)
+
+
+def saelens_pursuit(folder: Path) -> Path:
+    tensors = {"W_dec": torch.nn.functional.normalize(Draws(0).normal(N, D), dim=1), "b_dec": torch.ones(D)}
+    pursuit: dict[str, Any] = {"architecture": "matching_pursuit", "residual_threshold": 0.01, "max_iterations": 4}
+    return _saelens(folder, tensors, **pursuit, stop_on_duplicate_support=True)
+
+
+def saelens_skip_transcoder(folder: Path) -> Path:
+    tensors = matrices(encoder="W_enc", decoder="W_dec", enc_rows=False, dec_rows=True)
+    tensors |= vectors(b_enc=N, threshold=N, b_dec=D) | {"W_skip": torch.eye(D)}
+    told = {
+        "sae_lens_version": "6.54.12",
+        "hook_name": "blocks.3.hook_mlp_in",
+        "hook_name_out": "blocks.3.hook_mlp_out",
+    }
+    config: dict[str, Any] = {"architecture": "jumprelu_skip_transcoder", "d_out": D, "apply_b_dec_to_input": False}
+    return _saelens(folder, tensors, metadata=told, **config)
+
+
+def _gemma_layers(place: Path, layers: int, **config: Any) -> Path:
+    for layer in range(layers):
+        draws = Draws(layer)
+        tensors = {"w_enc": draws.normal(D, N), "w_dec": draws.normal(N, layers, D)}
+        write_tensors(place / f"params_layer_{layer}.safetensors", tensors | vectors(b_enc=N, threshold=N, b_dec=D))
+    fixed = {"width": N, "model_name": "google/gemma-3-4b-pt", "architecture": "jump_relu", "affine_connection": False}
+    write_json(place / "config.json", fixed | config)
+    return place
+
+
+def gemma_scope_2_crosscoder(folder: Path) -> Path:
+    place = folder / "gemma-scope-2-4b-pt" / "crosscoder" / "layer_9_17_width_65k_l0_medium"
+    hooks = "model.layers.{9,17}.output"
+    return _gemma_layers(place, 2, type="crosscoder", hf_hook_point_in=hooks, hf_hook_point_out=hooks)
+
+
+def gemma_scope_2_clt(folder: Path) -> Path:
+    place = folder / "gemma-scope-2-270m-pt" / "clt" / "width_262k_l0_big"
+    hook = "model.layers.{all}.pre_feedforward_layernorm.output"
+    return _gemma_layers(place, 1, type="clt", hf_hook_point_in=hook) / "params_layer_0.safetensors"
+
+
 def gemma_scope(folder: Path) -> Path:
     place = folder / "gemma-scope-2b-pt-res" / "layer_20" / "width_16k" / "average_l0_71"
     tensors = matrices(encoder="W_enc", decoder="W_dec", enc_rows=False, dec_rows=True)
@@ -246,8 +309,14 @@ MAKERS: dict[str, Maker] = {
     "editserver.topk": editserver_topk,
     "saelens": saelens,
     "saelens.topk": saelens_topk,
+    "saelens.gated": saelens_gated,
+    "saelens.training": saelens_training,
+    "saelens.pursuit": saelens_pursuit,
+    "saelens.skip_transcoder": saelens_skip_transcoder,
     "gemma_scope": gemma_scope,
     "gemma_scope_2": gemma_scope_2,
+    "gemma_scope_2.crosscoder": gemma_scope_2_crosscoder,
+    "gemma_scope_2.clt": gemma_scope_2_clt,
     "llama_scope": llama_scope,
     "llama_scope_r1": llama_scope_r1,
     "qwen_scope": qwen_scope,
