@@ -43,16 +43,15 @@ def _serve(pipe: Connection, armed: bool, engine_args: dict[str, Any]) -> None:
         start = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        edited = sum(
-            journal.stats(0, 15, 1 << 30).fired
-            for o in outputs
-            if (journal := getattr(o.outputs[0], "editserver", None)) is not None
-        )
-        pipe.send((seconds, sum(len(o.outputs[0].token_ids) for o in outputs), edited))
+        journals = [j for o in outputs if (j := getattr(o.outputs[0], "editserver", None)) is not None]
+        edited = sum(journal.stats(0, 15, 1 << 30).fired for journal in journals if journal.payload.program)
+        stop = len(prompts[0]) + max_tokens
+        read = sum(len(journal.readings(0, 0, stop)) for journal in journals if journal.payload.reads)
+        pipe.send((seconds, edited, read))
 
 
 class EngineProcess:
-    """A vanilla or an armed engine; :meth:`run` returns (seconds, sampled tokens, tokens edited at layer 15)."""
+    """A vanilla or an armed engine; :meth:`run` returns (seconds, tokens edited at layer 15, tokens inspected)."""
 
     def __init__(self, armed: bool, **engine_args: Any) -> None:
         context = multiprocessing.get_context("spawn")

@@ -4,6 +4,10 @@ Two engines with the same model live side by side, one vanilla and one armed at 
 both in turn (A B, B A, …), and the table gives the median over the rounds of the paired ratio vanilla / armed seconds:
 1.00 means that editing cost nothing. Edits are SAE feature edits that act on every token (`add`, a different set of
 latents for each request), so nothing is skipped; the editing engine's receipts are checked to say so.
+
+Cases with several loads run all of them in each round, so that they compare with each other as well: dictionaries of
+4,608 and of 65,536 latents under the same edits, and what a TopK dictionary costs, whose every latent is computed for
+every edited token.
 """
 
 from __future__ import annotations
@@ -16,77 +20,108 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from editserver.engine.config import SAESource
 
 LAYERS = (10, 15, 20)
+D_MODEL = 576
+WIDTHS = {"4k": 4608, "64k": 65_536, "topk": 4096}
+"""Dictionaries: at every layer "4k" and "64k" (ReLU), "topk" (k = 64) at layer 15."""
+K, TOP_K = 64, 8
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the requests of a case ask for: ``n_latents`` edited at ``layers``, or an inspection with ``top_k``."""
+
+    name: str
+    n_latents: int
+    dictionary: str = "4k"
+    layers: tuple[int, ...] = LAYERS
+    inspect: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table."""
+    """One workload, and the loads that are compared with it unedited."""
 
-    name: str
     n_requests: int
     prompt_len: int
     max_tokens: int
-    n_latents: int
+    loads: tuple[Load, ...]
 
 
+AT_15 = (15,)
 CASES = {
-    "idle": Case("armed, no request edits", 16, 32, 64, 0),
-    "1": Case("16 requests, 1 latent on 3 layers each", 16, 32, 64, 1),
-    "8": Case("16 requests, 8 latents on 3 layers each", 16, 32, 64, 8),
-    "32": Case("16 requests, 32 latents on 3 layers each", 16, 32, 64, 32),
-    "64": Case("64 requests, 64 configurations of 8 latents", 64, 32, 32, 8),
-    "prompt": Case("16 prompts of 512 tokens, 8 latents", 16, 512, 4, 8),
+    "idle": Case(16, 32, 64, (Load("armed, no request edits", 0),)),
+    "1": Case(16, 32, 64, (Load("16 requests, 1 latent on 3 layers each", 1),)),
+    "8": Case(16, 32, 64, (Load("16 requests, 8 latents on 3 layers each", 8),)),
+    "32": Case(16, 32, 64, (Load("16 requests, 32 latents on 3 layers each", 32),)),
+    "64": Case(64, 32, 32, (Load("64 requests, 64 configurations of 8 latents", 8),)),
+    "prompt": Case(16, 512, 4, (Load("16 prompts of 512 tokens, 8 latents", 8),)),
+    "width": Case(
+        16,
+        32,
+        64,
+        (
+            Load("8 latents of 4,608 on 3 layers", 8),
+            Load("8 latents of 65,536 on 3 layers", 8, "64k"),
+        ),
+    ),
+    "topk": Case(
+        16,
+        32,
+        64,
+        (
+            Load("1 latent of ReLU 4k on 1 layer", 1, "4k", AT_15),
+            Load("1 latent of TopK 4k on 1 layer (full encode)", 1, "topk", AT_15),
+            Load("inspect top_k of TopK 4k on 1 layer (full encode)", 0, "topk", AT_15, True),
+        ),
+    ),
+    "topk-prompt": Case(
+        16,
+        512,
+        4,
+        (
+            Load("16 prompts of 512, 1 latent of ReLU 4k", 1, "4k", AT_15),
+            Load("16 prompts of 512, 1 latent of TopK 4k (full encode)", 1, "topk", AT_15),
+        ),
+    ),
 }
 
 
-def random_sae(layer: int, d_model: int, n_features: int, folder: Path) -> Path:
-    """A dictionary of random directions in SAELens' layout: speed does not depend on what the features mean."""
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(layer)
-    w_dec = torch.nn.functional.normalize(torch.randn(n_features, d_model, generator=generator), dim=1)
-    folder.mkdir(parents=True)
-    save_file(
-        {
-            "W_enc": w_dec.T.contiguous(),
-            "b_enc": torch.zeros(n_features),
-            "W_dec": w_dec,
-            "b_dec": torch.zeros(d_model),
-        },
-        folder / "sae_weights.safetensors",
-    )
-    (folder / "cfg.json").write_text(
-        f'{{"architecture": "standard", "d_in": {d_model}, "d_sae": {n_features}, "dtype": "float32", '
-        f'"apply_b_dec_to_input": false, "normalize_activations": "none", "reshape_activations": "none", '
-        f'"metadata": {{"hook_name": "blocks.{layer}.hook_resid_post"}}}}'
-    )
-    return folder
-
-
-def payload_maker(digests: dict[int, str], n_features: int) -> Callable[[int, int], bytes | None]:
-    """``make(request, n_latents)``: the payload of a request that edits its own latents at every armed layer."""
-    from interventions.program import Channel, LayerProgram, Op, Payload, Program, ReadKind, feature_key
+def payload_maker(sources: dict[str, SAESource]) -> Callable[[Load, int], bytes | None]:
+    """``make(load, request)``: the payload of a request, which edits latents of its own at every layer of the load."""
+    from interventions.program import Channel, LayerProgram, Op, Payload, Program, Read, ReadKind, feature_key
     from interventions.selectors import ALL
 
-    def make(request: int, n_latents: int) -> bytes | None:
-        if not n_latents:
+    inf = float("inf")
+    op = Op(1.0, 0.05, -inf, inf, False, 0, 0)
+
+    def make(load: Load, request: int) -> bytes | None:
+        digests = {layer: sources[f"{load.dictionary}/l{layer}"].digest for layer in load.layers}
+        if load.inspect:
+            reads = tuple(Read(digest, layer, (), TOP_K, ALL) for layer, digest in digests.items())
+            return Payload(None, reads, None).to_bytes()
+        if not load.n_latents:
             return None
-        inf = float("inf")
-        op = Op(1.0, 0.05, -inf, inf, False, 0, 0)
+        kind = ReadKind.MEMBER if load.dictionary == "topk" else ReadKind.LATENT
+        width = WIDTHS[load.dictionary]
+        step = width // 512  # spread over the file, as features that people pick are
         layers = tuple(
             LayerProgram(
                 layer,
                 tuple(
-                    Channel(ReadKind.LATENT, key, (op,))
+                    Channel(kind, key, (op,))
                     for key in sorted(
-                        feature_key(digests[layer], (request * n_latents + i) % n_features) for i in range(n_latents)
+                        feature_key(digests[layer], (request * load.n_latents + i) * step % width)
+                        for i in range(load.n_latents)
                     )
                 ),
             )
-            for layer in LAYERS
+            for layer in load.layers
         )
         program = Program(layers, (ALL,), {})
         return Payload(program, (), program.digest()).to_bytes()
@@ -107,19 +142,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     from rich.progress import Progress
     from rich.table import Table
 
+    from benchmarks.dictionaries import write_random
     from benchmarks.engine_process import EngineProcess
     from editserver.demo.model import ensure_demo_model
-    from editserver.engine.config import EngineConfig, SAESource
-    from sae_weights import load_sae
+    from editserver.engine.config import EngineConfig
 
-    console = Console(width=110)
+    console = Console(width=120)
     model = ensure_demo_model()
-    n_features = 4608
     with tempfile.TemporaryDirectory() as scratch:
-        sources = []
-        for layer in LAYERS:
-            sae = load_sae(random_sae(layer, 576, n_features, Path(scratch) / str(layer)))
-            sources.append(SAESource(f"random/l{layer}", f"{scratch}/{layer}", sae.digest, layer))
+        root = Path(scratch)
+        used = {load.dictionary for name in args.cases for load in CASES[name].loads}
+        found = [
+            write_random(root, f"{name}/l{layer}", layer, D_MODEL, WIDTHS[name])
+            for name in ("4k", "64k")
+            for layer in LAYERS
+            if name in used
+        ]
+        if "topk" in used:
+            found.append(write_random(root, "topk/l15", 15, D_MODEL, WIDTHS["topk"], architecture="topk", k=K))
         engine_args = {
             "model": str(model),
             "gpu_memory_utilization": 0.2,
@@ -127,13 +167,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "max_num_seqs": 64,
             "enforce_eager": args.eager,
         }
-        config = EngineConfig(armed=LAYERS, saes=tuple(sources))
+        config = EngineConfig(LAYERS, tuple(found), tuple(one.id for one in found if one.id.startswith("topk")))
         console.print("Starting two engines (the first start compiles the model: a minute or two) …")
         vanilla = EngineProcess(False, **engine_args)
         vanilla.wait_ready()
         armed = EngineProcess(True, **engine_args, additional_config={"editserver": config.as_dict()})
         armed.wait_ready()
-        make = payload_maker({s.layer: s.digest for s in sources}, n_features)
+        make = payload_maker({one.id: one for one in found})
         table = Table(
             title=f"Throughput against vanilla vLLM, SmolLM2-135M, bf16, {platform.machine()} {os.cpu_count()} cores"
         )
@@ -147,30 +187,39 @@ def main(argv: Sequence[str] | None = None) -> None:
                     [1] + [(7 * r + 13 * i) % 40000 + 100 for i in range(case.prompt_len - 1)]
                     for r in range(case.n_requests)
                 ]
-                payloads = [make(r, case.n_latents) for r in range(case.n_requests)]
                 plain: list[bytes | None] = [None] * case.n_requests
-                seconds: dict[str, list[float]] = {"vanilla": [], "armed": []}
-                work = case.n_requests * (case.prompt_len if name == "prompt" else case.max_tokens)
+                payloads = {load: [make(load, r) for r in range(case.n_requests)] for load in case.loads}
+                seconds: dict[Load | None, list[float]] = {None: []} | {load: [] for load in case.loads}
+                work = case.n_requests * (case.prompt_len if case.prompt_len > case.max_tokens else case.max_tokens)
+                due = case.n_requests * (case.prompt_len + case.max_tokens - 2)
                 for round_ in range(args.rounds + 1):
-                    order = ("vanilla", "armed") if round_ % 2 else ("armed", "vanilla")
-                    for which in order:
-                        engine, load = (vanilla, plain) if which == "vanilla" else (armed, payloads)
-                        took, _, edited = engine.run(prompts, load, case.max_tokens)
-                        if which == "armed" and case.n_latents:
-                            due = case.n_requests * (case.prompt_len + case.max_tokens - 2)
-                            assert edited == due, f"{edited} tokens edited, {due} expected"
+                    order: list[Load | None] = [None, *case.loads]
+                    turn = round_ % len(order)
+                    for load in order[turn:] + order[:turn]:
+                        if load is None:
+                            took, _, _ = vanilla.run(prompts, plain, case.max_tokens)
+                        else:
+                            took, edited, read = armed.run(prompts, payloads[load], case.max_tokens)
+                            expected = (due if load.n_latents else 0, due if load.inspect else 0)
+                            assert (edited, read) == expected, f"{edited} edited, {read} inspected; {expected} expected"
                         if round_:  # the first one warms up
-                            seconds[which].append(took)
+                            seconds[load].append(took)
                     progress.advance(task)
-                ratios = [v / a for v, a in zip(seconds["vanilla"], seconds["armed"], strict=True)]
-                table.add_row(
-                    case.name,
-                    f"{work / statistics.median(seconds['vanilla']):.0f}",
-                    f"{work / statistics.median(seconds['armed']):.0f}",
-                    f"{statistics.median(ratios):.3f}",
-                    f"{min(ratios):.3f}",
-                    f"{max(ratios):.3f}",
-                )
+                for load in case.loads:
+                    ratios = [v / a for v, a in zip(seconds[None], seconds[load], strict=True)]
+                    table.add_row(
+                        load.name,
+                        f"{work / statistics.median(seconds[None]):.0f}",
+                        f"{work / statistics.median(seconds[load]):.0f}",
+                        f"{statistics.median(ratios):.3f}",
+                        f"{min(ratios):.3f}",
+                        f"{max(ratios):.3f}",
+                    )
+                if name == "width":
+                    narrow, wide = (seconds[load] for load in case.loads)
+                    against = [a / b for a, b in zip(narrow, wide, strict=True)]
+                    table.add_row("… 65,536 against 4,608, paired", "", "", f"{statistics.median(against):.3f}",
+                                  f"{min(against):.3f}", f"{max(against):.3f}")  # fmt: skip
         console.print(table)
         vanilla.close()
         armed.close()
