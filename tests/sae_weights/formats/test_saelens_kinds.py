@@ -69,6 +69,7 @@ def test_a_pursuit_without_centring_has_no_bias_at_all(tmp_path):
     ("changes", "message"),
     [
         ({"residual_threshold": -1}, "field 'residual_threshold' is -1; expected a number of at least 0"),
+        ({"residual_threshold": 10**400}, "field 'residual_threshold' is 1000.*; expected a number of at least 0"),
         ({"max_iterations": 0}, "field 'max_iterations' is 0; expected a whole number of at least 1"),
         ({"stop_on_duplicate_support": 1}, "field 'stop_on_duplicate_support' is 1; expected true or false"),
         ({"normalize_activations": "unit_norm"}, "field 'normalize_activations' is 'unit_norm'; expected one of none"),
