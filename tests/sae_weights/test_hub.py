@@ -15,11 +15,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from sae_weights import SAEFormatError, load_sae, resolve, save_saelens
+from sae_weights import Hook, SAEFormatError, load_sae, resolve, save_saelens
 from sae_weights.catalogue import locate
 from sae_weights.hub import fetch
 from sae_weights.hub_path import HubPath
 from sae_weights.registry import Registry, registry, user_file
+from tests.sae_weights.formats.makers import MAKERS
 from tests.sae_weights.hub_server import Hub, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:huggingface_hub.*")
@@ -357,6 +358,64 @@ def test_only_the_files_that_the_layout_has_are_downloaded(source, published, ne
     found = fetch(where)
     assert sorted(file.path for file in found.files) == needed
     assert hub.fetched() == sorted({name.rpartition("/")[2] for name in needed})
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_checkpoint_of_every_format_is_on_the_hub_what_it_is_on_disk(name, hub, tmp_path):
+    folder = tmp_path / "published"
+    path = MAKERS[name](folder)
+    files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    hub.commit("me/zoo", files | {"README.md": b"# a zoo"})
+    place = path.relative_to(folder).as_posix()
+    _, sae = resolve("hf://me/zoo" + ("" if place == "." else f"/{place}"))
+    expected = load_sae(path)
+    assert sae.digest == expected.digest
+    assert (sae.origin.format, sae.hooks, sae.hook_out) == (expected.origin.format, expected.hooks, expected.hook_out)
+    assert sae.origin.open().digest == expected.digest
+
+
+@pytest.mark.parametrize(
+    ("source", "maker", "hook"),
+    [
+        ("goodfire-llama-3.1-8b-instruct/layer_19", "goodfire", "resid_post(19)"),
+        ("gpt2-small-hook-z-kk/blocks.5.hook_z", "connor_rob", "attn.z(5)"),
+        ("llama-3.1-8b-instruct-andyrdt/resid_post_layer_7_trainer_1", "dictionary_learning", "resid_post(7)"),
+        ("mwhanna-qwen3-4b-transcoders/layer_1", "circuit_tracer", None),
+        ("gemma-scope-2-4b-pt-res/layer_17_width_16k_l0_medium", "gemma_scope_2", "resid_post(17)"),
+    ],
+)
+def test_ids_of_the_registry_open_what_their_repositories_hold(source, maker, hook, hub, tmp_path):
+    entry = registry().get(source)
+    path = MAKERS[maker](tmp_path / "published")
+    if path.is_file():  # under the published name, its configuration beside it
+        stem = entry.hub_path.rpartition("/")[2].removesuffix(path.suffix)
+        files = {entry.hub_path: path.read_bytes()}
+        for other in path.parent.iterdir():
+            if other != path:
+                files[other.name.replace(path.stem, stem)] = other.read_bytes()
+    else:
+        files = {
+            f"{entry.hub_path}/{file.relative_to(path).as_posix()}": file.read_bytes()
+            for file in path.rglob("*")
+            if file.is_file()
+        }
+    hub.commit(entry.repo, files)
+    name, sae = resolve(source)
+    assert name == source
+    assert hook is None or str(sae.hook) == hook
+    assert sae.metadata["provenance"]["registry"]["model"] == entry.model
+    assert sae.metadata["model_name"]
+
+
+def test_dictionaries_of_transformerlens_centred_models_centre_their_input(hub, make_sae, tmp_path):
+    entry = registry().get("gpt2-small-res-jb/blocks.8.hook_resid_pre")
+    folder = save_saelens(make_sae("relu", hook=Hook("resid_pre", 8)), tmp_path / "x")
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"] = {"hook_name": "blocks.8.hook_resid_pre", "model_name": "gpt2-small"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    hub.commit(entry.repo, {f"{entry.path}/{file.name}": file.read_bytes() for file in folder.iterdir()})
+    assert resolve(entry.id)[1].input_norm == "centre"
+    assert load_sae(folder).input_norm == "none"
 
 
 def test_a_dictionary_of_no_supported_kind_is_refused_before_it_is_downloaded(hub):
