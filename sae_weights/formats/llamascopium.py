@@ -85,7 +85,7 @@ class Llamascopium(Format):
     title = "llamascopium"
     files = f"{CONFIG_FILE} (sae_type, act_fn) + {WEIGHTS_FILES[0]} (W_E, W_D)"
     reference = "llamascopium 2.0.0b34, models/"
-    architectures = ("relu", "jumprelu", "topk", "glu", "crosscoder")
+    architectures = ("relu", "jumprelu", "topk", "glu", "crosscoder", "lorsa")
 
     def recognises(self, path: Path) -> bool:
         if not path.is_dir():
