@@ -57,6 +57,8 @@ FORMATS: tuple[Format, ...] = (
 )
 """In the order in which they are asked whether a path is theirs; SAELens, whose test is the loosest, last."""
 
+_LONGEST_MESSAGE = 2000
+
 __all__ = ["FORMATS", "Format", "Hints", "Origin", "load_sae", "save_native", "save_saelens"]
 
 
@@ -83,10 +85,11 @@ def load_sae(
     try:
         sae = found.open(place, hints)
     except SAEFormatError as error:
-        # What does not fit may show only where parts meet, which know of no file.
-        if str(place) in str(error):
-            raise
-        raise SAEFormatError(f"{place}: {error}") from error
+        # What does not fit may show only where parts meet, which know of no file; and names in a file may be endless.
+        message = str(error) if str(place) in str(error) else f"{place}: {error}"
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[:_LONGEST_MESSAGE]} …"
+        raise SAEFormatError(message) from error
     except (RecursionError, UnicodeDecodeError, MemoryError) as error:
         raise SAEFormatError(f"{place}: cannot be read as {found.title} ({type(error).__name__})") from error
     except OSError as error:

@@ -32,7 +32,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     name = ""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: numpy leaves a file open that turns out to be no archive.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise SAEFormatError(f"{path}: a single array; expected an .npz archive")
             unpacked = sum(entry.file_size for entry in archive.zip.infolist())

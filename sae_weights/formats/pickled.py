@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_weights.errors import SAEFormatError
 
+from .fields import shown
 from .loaded import LoadedTensors, stamp
 
 _MAX_DEPTH = 8
@@ -85,22 +86,25 @@ def _flatten(
     path: Path, content: Any, prefix: str, tensors: dict[str, Tensor], others: dict[str, Any], depth: int
 ) -> None:
     if depth > _MAX_DEPTH:
-        raise SAEFormatError(f"{path}: {prefix.rstrip('.')!r} is nested deeper than a checkpoint ever is")
+        raise SAEFormatError(f"{path}: {shown(prefix)} is nested deeper than a checkpoint ever is")
     if not isinstance(content, Mapping):
         raise SAEFormatError(f"{path}: holds {type(content).__name__}; expected named tensors (a state dict)")
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, Tensor):
-            if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
-                raise SAEFormatError(f"{path}: tensor {name!r} is sparse, quantised or elsewhere; expected a plain one")
+            plain = value.layout is torch.strided and not value.is_nested and not value.is_quantized
+            if not plain or value.device.type != "cpu":
+                raise SAEFormatError(
+                    f"{path}: tensor {shown(name)} is sparse, quantised or elsewhere; expected a plain one"
+                )
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise SAEFormatError(
-                    f"{path}: tensor {name!r} of shape {list(value.shape)} is larger than what is stored of it"
+                    f"{path}: tensor {shown(name)} of shape {list(value.shape)} is larger than what is stored of it"
                 )
             tensors[name] = value.detach()
         elif isinstance(value, bool) or value is None or isinstance(value, str | list | tuple | set):
             others[name] = value
-        elif isinstance(value, int | float):
+        elif isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63):
             tensors[name] = torch.tensor(float(value), dtype=torch.float64)
         elif isinstance(value, Mapping):
             _flatten(path, value, f"{name}.", tensors, others, depth + 1)

@@ -149,6 +149,15 @@ def lying_torch(tensors):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     yield packed.getvalue()
+    for value in (10**400, float("nan"), -(1 << 70), b"x" * 5000, "x" * 5000, {"x" * 5000: 1}, torch.Size([1 << 40])):
+        stored = io.BytesIO()
+        torch.save({"W_enc": torch.ones(3, 3), "k": value}, stored)
+        yield stored.getvalue()
+    nested = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save({"W_enc": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, nested)
+    yield nested.getvalue()
     deep: dict = {}
     for _ in range(300):
         deep = {"a": deep}

@@ -292,6 +292,17 @@ def test_a_tensor_that_nobody_knows_is_refused(case):
     case.refused("surprise")
 
 
+@every_format
+def test_endless_names_do_not_make_endless_messages(case):
+    for file in case.weights:
+        whole = file.read_bytes()
+        tensors = {".".join(key): tensor for key, tensor in read(file).items()}
+        write_tensors(file, tensors | {"x" * 30_000: torch.ones(3), "y": torch.ones([1] * 60)})
+        message = refusal(lambda: load_sae(case.path))
+        assert message is None or len(message) < 4000
+        file.write_bytes(whole)
+
+
 # Code
 
 
