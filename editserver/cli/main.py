@@ -70,7 +70,7 @@ def serve(
     ] = None,
     full_encode: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID|none", help="SAEs with top-k and TopK edits; default: up to 32,768 latents."),
+        typer.Option(metavar="ID|none", help="SAEs whose every latent may be computed (top-k, TopK edits); default: up to 32,768."),
     ] = None,
     approximate: Annotated[
         list[str] | None,

@@ -32,6 +32,7 @@ from editserver.cli.serve import (
     parse_layers,
     parse_limits,
     plugin_names,
+    prepare,
     refuse_flags,
 )
 from editserver.engine.config import EngineConfig, SAESource
@@ -317,7 +318,9 @@ def test_a_dictionary_that_no_server_can_edit_is_refused_naming_its_hooks(tmp_pa
         open_sae(f"x={save_native(sae, tmp_path / 'transcoder')}")
 
 
-def test_an_sae_of_another_model_is_refused_naming_both_widths_and_the_file(tmp_path: Path) -> None:
+def test_an_sae_of_another_model_is_refused_naming_both_widths_and_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_sae(tmp_path / "a", Hook("resid_post", 3))
     opened = [open_sae(f"mine={folder}")]
     check_fit(opened, 8, 4)
@@ -327,6 +330,9 @@ def test_an_sae_of_another_model_is_refused_naming_both_widths_and_the_file(tmp_
         assert word in str(caught.value)
     with pytest.raises(CatalogueError, match=r"mine .*resid_post\(3\).*0\.\.2"):
         check_fit(opened, 8, 3)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    with pytest.raises(UsageError, match=r"mine .*d_model 8, the model has 576"):  # before anything is started
+        prepare("demo", Options(saes=(f"mine={folder}",)), [])
     config = EngineConfig(armed=(3,), saes=(opened[0].source(),))
     shape = {"n_layers": 4, "vocab_size": 10, "tokenizer": None}
     with pytest.raises(CatalogueError, match=r"mine .*d_model 8, the model has 16"):
