@@ -70,7 +70,10 @@ def serve(
     ] = None,
     full_encode: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID|none", help="SAEs whose every latent may be computed (top-k, TopK edits); default: up to 32,768."),
+        typer.Option(
+            metavar="ID|none",
+            help="SAEs whose every latent may be computed (top-k, TopK edits); default: up to 32,768.",
+        ),
     ] = None,
     approximate: Annotated[
         list[str] | None,

@@ -130,3 +130,13 @@ class Composed:
                 self.joint[at] += dictionaries.delta(use.digest, h[torch.from_numpy(at)], z[rows], edited[rows]).numpy()
 
         return take
+
+
+def warm_up_joint() -> None:
+    """Compile what the first JOINT channel would otherwise wait for."""
+    none, ints = np.zeros(0, np.int64), np.zeros(0, np.int8)
+    bits, flags = np.zeros(0, np.uint64), np.zeros(0, np.bool_)
+    values, z = np.zeros((0, 4), np.float32), np.zeros((0, 1), np.float32)
+    compose_joint(
+        none, bits, none, none, np.zeros(1, np.int32), values, flags, ints, ints, z, bits.copy(), flags.copy()
+    )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from editserver.engine.config import EngineConfig
-from editserver.engine.full_encode import Composed, Demand, serve
+from editserver.engine.full_encode import Composed, Demand, serve, warm_up_joint
 from editserver.engine.journal import NOT_SELECTED
 from editserver.engine.kernel_cpu import PLAIN_INPUT, edit_tokens, read_latents
 from editserver.engine.plan import Plan, Segment
@@ -309,3 +309,5 @@ class EngineWorker:
         out = np.empty((2, 1), np.float32)
         gate, rows = self.bank.gate.numpy(), self.bank.read.numpy()
         read_latents(hidden.float().numpy(), np.zeros(1, np.int32), PLAIN_INPUT, rows, gate, out)
+        if not all(self.dictionaries[digest].additive for digest in self.dictionaries.digests):
+            warm_up_joint()
