@@ -82,7 +82,7 @@ class Native(Format):
         )
         if "W_enc" not in file.shapes and not ARCHITECTURES[architecture].tied:
             raise SAEFormatError(f"{file.path}: no tensor 'W_enc'; architecture {architecture!r} has an encoder")
-        source.recorded_digest = file.metadata.get("digest")
+        source.recorded_digest = _digest(file)
         hooks = [_hook(place, "hooks", name) for name in _list(place, config, "hooks")]
         hook_out = config.get("hook_out")
         k = config.get("k")
@@ -272,6 +272,16 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata without the facts that belong to the checkpoint it came from and are folded by now."""
     dropped = ("hf_hook_name", "norm_scaling_factor", "provenance")
     return {name: value for name, value in metadata.items() if name not in dropped}
+
+
+def _digest(file: TensorFile) -> str | None:
+    """The digest that the header records, if it does; anything else in its place would go where digests go."""
+    digest = file.metadata.get("digest")
+    if digest is None:
+        return None
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise SAEFormatError(f"{file.path}: metadata 'digest' is {shown(digest)}; expected 64 hexadecimal digits")
+    return digest
 
 
 def _list(place: Path, config: Mapping[str, Any], field: str) -> list[Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from editserver.catalogue import CatalogueError, OpenedSAE, check_fit
 from sae_weights import SAEFormatError, load_sae
@@ -348,6 +349,16 @@ def test_code_in_configs_never_runs(case, tmp_path):
 
 
 # Headers that lie
+
+
+@pytest.mark.parametrize(
+    "digest", ["", "../../../etc/passwd", "0" * 63, "0" * 65, "G" * 64, "0" * 63 + "\n", "x" * 9000]
+)
+def test_a_recorded_digest_is_a_digest(tmp_path, digest):
+    case = Case("editserver", tmp_path / "checkpoint")
+    file = case.folder / "sae.safetensors"
+    save_file({key[0]: tensor for key, tensor in read(file).items()}, file, {"format": "pt", "digest": digest})
+    case.refused("sae.safetensors: metadata 'digest' is", "expected 64 hexadecimal digits")
 
 
 @every_format
