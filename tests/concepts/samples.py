@@ -1,0 +1,57 @@
+"""Labelled activations whose densities are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from interventions.concepts.density import SMOOTHING, Densities, HistogramStream
+from interventions.concepts.moments import Moments, MomentStream
+
+CLASSES = ("sports", "world", "background")
+
+
+def fitted(
+    batches: Sequence[tuple[Tensor, Tensor]],
+    classes: Sequence[str],
+    n_bins: int = 100,
+    edges: Tensor | None = None,
+    smoothing: float = SMOOTHING,
+) -> tuple[Moments, Densities]:
+    """Both passes over ``(activations [t, n], labels [t])``."""
+    first = MomentStream(classes, batches[0][0].shape[1])
+    for activations, labels in batches:
+        first.add(activations, labels)
+    second = HistogramStream(classes, first.moments().edges() if edges is None else edges, n_bins)
+    for activations, labels in batches:
+        second.add(activations, labels)
+    return first.moments(), second.densities(smoothing)
+
+
+def per_class(columns: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """One batch per class, of one latent's values."""
+    return [(values[:, None], torch.full((len(values),), c)) for c, values in enumerate(columns)]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sparse_batch(seed: int, tokens: int = 400, n: int = 6, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Zero-inflated values whose rate and size differ by class and latent."""
+    rng = generator(seed)
+    labels = torch.randint(0, k, (tokens,), generator=rng)
+    rate = 0.05 + 0.9 * torch.rand(k, n, generator=generator(99))
+    size = 0.5 + 4 * torch.rand(k, n, generator=generator(98))
+    fires = torch.rand(tokens, n, generator=rng) < rate[labels]
+    values = (size[labels] + 0.5 * torch.randn(tokens, n, generator=rng)).clamp(min=0.01)
+    return torch.where(fires, values, 0.0), labels
+
+
+def gaussian_pair(tokens: int = 20_000) -> tuple[Tensor, Tensor]:
+    """Draws of N(3, 1), another class, and N(6, 1), the concept; the 0.1 % that are not positive are dropped."""
+    other = 3 + torch.randn(tokens, generator=generator(1))
+    target = 6 + torch.randn(tokens, generator=generator(2))
+    return other[other > 0], target[target > 0]
