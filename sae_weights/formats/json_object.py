@@ -8,9 +8,12 @@ from typing import Any
 
 from sae_weights.errors import SAEFormatError
 
+from .devices import refuse_devices
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; SAEFormatError names the file and the place otherwise."""
+    refuse_devices(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

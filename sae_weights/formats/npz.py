@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_weights.errors import SAEFormatError
 
+from .devices import refuse_devices
 from .loaded import LoadedTensors
 
 # Weights hardly compress at all; a file of zeros, which fills the memory when it is read, compresses a thousandfold.
@@ -31,6 +32,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise SAEFormatError(f"{path}: is a folder; expected an .npz file")
     tensors: dict[str, Tensor] = {}
     name = ""
+    refuse_devices(path)
     try:
         # Opened here: numpy leaves a file open that turns out to be no archive.
         with path.open("rb") as file:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_weights.errors import SAEFormatError
 
+from .devices import refuse_devices
 from .fields import shown
 from .loaded import LoadedTensors, stamp
 
@@ -64,6 +65,7 @@ def load_pickled(path: Path) -> Any:
         raise SAEFormatError(f"{path}: no such file")
     if path.is_dir():
         raise SAEFormatError(f"{path}: is a folder; expected a PyTorch file")
+    refuse_devices(path)
     for mapped in (True, False):
         try:
             with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_weights.errors import SAEFormatError
 
+from .devices import refuse_devices
 from .loaded import stamp
 from .tensors import require
 
@@ -36,6 +37,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._map: mmap.mmap | None = None
+        refuse_devices(path)
         try:
             self._stamp = stamp(path)
             file: Any = cast(Any, safe_open)(path, framework="pt")

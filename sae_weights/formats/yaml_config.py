@@ -9,6 +9,8 @@ import yaml  # type: ignore[import-untyped]
 
 from sae_weights.errors import SAEFormatError
 
+from .devices import refuse_devices
+
 MAX_BYTES = 1 << 20
 # Aliases let a short file stand for an exponentially long one, or for one without end.
 MAX_VALUES = 100_000
@@ -19,6 +21,7 @@ def read_yaml_object(path: Path) -> dict[str, Any]:
 
     Tags of Python objects, documents longer than 1 MiB, and aliases that expand to more than 100,000 values are refused.
     """
+    refuse_devices(path)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise SAEFormatError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 from pathlib import Path
 
@@ -445,7 +446,11 @@ def test_links_in_circles_folders_for_files_and_nothing_at_all(case):
         file.symlink_to(file.parent)
         case.survived()
         file.unlink()
-        file.symlink_to("/dev/null")
+        for device in ("/dev/null", "/dev/zero"):
+            file.symlink_to(device)
+            case.survived()
+            file.unlink()
+        os.mkfifo(file)
         case.survived()
         file.unlink()
         file.write_bytes(whole)
