@@ -88,7 +88,10 @@ def fetch(where: HubPath) -> Fetched:
     load, names = record.needs[where.path]
     files = tuple(record.check(where, snapshot, name) for name in names)
     record.revisions.update({where.revision or "main": commit} if online else {})
-    record.save()
+    try:
+        record.save()
+    except OSError as error:  # the files are there and right; they are only hashed again next time
+        _log.warning("%s: what was checked cannot be recorded: %s", where, error)
     return Fetched(where, commit, snapshot / load if load else snapshot, snapshot, files)
 
 

@@ -48,7 +48,7 @@ class Record:
         path = cls.folder(repo) / f"{commit}.json"
         try:
             return cls(path, json.loads(path.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return cls(path, {})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise SAEFormatError(f"{path}: a damaged record of downloads ({error}); delete it") from None

@@ -15,7 +15,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from sae_weights import Hook, SAEFormatError, load_sae, resolve, save_saelens
+from sae_weights import Hook, Origin, SAEFormatError, load_sae, resolve, save_saelens
 from sae_weights.catalogue import locate
 from sae_weights.hub import fetch
 from sae_weights.hub_path import HubPath
@@ -156,6 +156,14 @@ def test_a_file_that_changed_in_the_cache_is_an_error(published, name):
         resolve(f"hf://{REPO}/res/layer_3")
     path.unlink()
     assert resolve(f"hf://{REPO}/res/layer_3")[1].n_features == 16
+
+
+def test_a_cache_that_cannot_be_written_costs_a_hash_and_no_more(published, monkeypatch, tmp_path, make_sae, caplog):
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    monkeypatch.setenv("EDITSERVER_CACHE", str(tmp_path / "taken"))
+    for _ in range(2):
+        assert resolve(f"hf://{REPO}/res/layer_3")[1].digest == make_sae(seed=0).digest
+    assert "cannot be recorded" in caplog.text
 
 
 def test_verify_reads_every_byte_again(published):
@@ -414,8 +422,11 @@ def test_dictionaries_of_transformerlens_centred_models_centre_their_input(hub, 
     config["metadata"] = {"hook_name": "blocks.8.hook_resid_pre", "model_name": "gpt2-small"}
     (folder / "cfg.json").write_text(json.dumps(config))
     hub.commit(entry.repo, {f"{entry.path}/{file.name}": file.read_bytes() for file in folder.iterdir()})
-    assert resolve(entry.id)[1].input_norm == "centre"
+    sae = resolve(entry.id)[1]
+    assert sae.input_norm == "centre"
     assert load_sae(folder).input_norm == "none"
+    told = json.loads(json.dumps(sae.origin.as_dict()))  # what a server tells its other processes
+    assert Origin.from_dict(told).open().digest == sae.digest
 
 
 def test_a_dictionary_of_no_supported_kind_is_refused_before_it_is_downloaded(hub):
@@ -449,6 +460,8 @@ def test_an_id_of_the_registry_is_downloaded_and_knows_its_hook(hub):
     assert torch.allclose(sae.rows([5]).encoder[0], torch.tensor(tensors["W_enc"][:, 5], dtype=torch.float32))
     assert sae.metadata["provenance"]["registry"]["neuronpedia"] == "gemma-2-2b/20-gemmascope-res-16k"
     assert "gemma-2-2b" in sae.metadata["model_name"]
+    pinned = resolve(f"{source}@{sae.metadata['provenance']['commit']}")
+    assert (pinned[0], pinned[1].digest) == (source, sae.digest)
     # The same place named on the Hub is known to the registry as well.
     name, same = resolve("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
     assert name == "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
