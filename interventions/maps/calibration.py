@@ -8,6 +8,7 @@ lower it), which gives the interval: at n = 500 and α = 0.05 about 0.033 to 0.0
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -95,6 +96,7 @@ def rate_above(statistics: npt.ArrayLike, threshold: float, confidence: float = 
     return Rate(k / n, low, high, n)
 
 
+@functools.lru_cache(maxsize=64)
 def beta_quantile(p: float, a: int, b: int) -> float:
     """The p-quantile of Beta(a, b) for integers a, b ≥ 1, by bisection.
 

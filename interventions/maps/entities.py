@@ -71,8 +71,7 @@ class EntityLatents:
     Attributes:
         known, unknown: K and U, best first.
         known_scores, unknown_scores: their MaxMin scores, all positive.
-        dense: how many latents were left out as dense on ordinary text although they score at least as well as the
-            last one chosen of their kind.
+        dense: latents that would be among them if they did not fire on so much ordinary text.
     """
 
     known: tuple[int, ...]
@@ -122,10 +121,8 @@ def find_latents(
     for score, top in zip(least, (top_known, top_unknown), strict=True):
         order = np.argsort(-score, kind="stable")
         order = order[score[order] > 0]
-        taken = order[specific[order]][:top]
-        chosen.append(taken)
-        bar = score[taken[-1]] if len(taken) else 0.0
-        dense += int((~specific[order] & (score[order] >= bar)).sum()) if top else 0
+        chosen.append(order[specific[order]][:top])
+        dense += int((~specific[order[:top]]).sum())
     if not any(len(taken) for taken in chosen):
         raise EntityError("no latent fires more often on one kind of entity than on the other in every type")
     figures = [tuple(float(v) for v in score[taken]) for score, taken in zip(least, chosen, strict=True)]

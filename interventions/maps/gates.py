@@ -137,7 +137,7 @@ class GateState:
     def from_bytes(data: bytes) -> GateState:
         """Inverse of :meth:`to_bytes`; ValueError for anything else."""
         fields = json.loads(data)
-        if not (isinstance(fields, list) and len(fields) == 6 and isinstance(fields[3], str)):
+        if not isinstance(fields, list) or [type(field) for field in fields] != [int, int, int, str, int, bool]:
             raise ValueError("not a gate state")
         position, seen, hits, recent, level, is_open = fields
         state = GateState(position, seen, hits, int(recent, 16), level, is_open)

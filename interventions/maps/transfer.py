@@ -16,7 +16,7 @@ transfer                               x                                        
 :func:`clamp_active`                   −c·s where a ≠ 0                                       Farrell et al. 2410.19278
 :func:`clamp_hit`                      −c·s for all of F, on hit tokens                       DSG, 2504.08192
 :func:`clamp_active`, ``PREACT_MEAN``  −c·\\|mean pre-activation\\| where a ≠ 0               CRISP, 2508.13650
-:func:`move`                           b + g·a, and (1 − r)·a in the source                   transfer A → B
+:func:`move`, :func:`moves`            b + g·a, and (1 − r)·a in the source                   transfer A → B
 =====================================  =====================================================  ==========================
 """
 
@@ -141,15 +141,36 @@ def clamp_hit(latents: Sequence[int], c: float, unit: Unit = Unit.ABSOLUTE) -> t
 
 
 def move(source: int, target: int, gain: float = 1.0, removed: float = 1.0) -> tuple[Transfer, ...]:
-    """b' = b + gain·a and a' = (1 − removed)·a, with a the source's and b the target's activation.
+    """b' = b + gain·a and a' = (1 − removed)·a, with a the source's and b the target's activation."""
+    return moves([Route(source, target, gain, removed)])
+
+
+@dataclass(frozen=True)
+class Route:
+    """One move: ``gain`` times the source's activation onto the target, a share ``removed`` of it out of the source."""
+
+    source: int
+    target: int
+    gain: float = 1.0
+    removed: float = 1.0
+
+
+def moves(routes: Sequence[Route]) -> tuple[Transfer, ...]:
+    """All routes at once: a latent first loses Σ removed of its own activation, then gains what is moved onto it.
+
+    So A → B → C shifts each activation by one, whatever the order of the routes.
 
     Raises:
         InterventionError: a latent moved onto itself.
     """
-    if source == target:
-        raise _invalid("target", f"latent {source} cannot be moved onto itself")
-    onto = Transfer(target, gamma=gain, source=source if gain != 0.0 else None)
-    return tuple(t for t in (onto, Transfer(source, alpha=1.0 - removed)) if not t.is_identity)
+    removed: dict[int, float] = {}
+    for route in routes:
+        if route.source == route.target:
+            raise _invalid("target", f"latent {route.source} cannot be moved onto itself")
+        removed[route.source] = removed.get(route.source, 0.0) + route.removed
+    losses = [Transfer(source, alpha=1.0 - share) for source, share in removed.items()]
+    gains = [Transfer(r.target, gamma=r.gain, source=r.source) for r in routes if r.gain != 0.0]
+    return tuple(t for t in (*losses, *gains) if not t.is_identity)
 
 
 def median_norms(c: float, median_norm: float) -> float:
