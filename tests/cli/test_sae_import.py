@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from editserver.cli.sae import app
 from sae_weights import SAE, Hook, load_sae, resolve, save_native, save_saelens
+from tests.sae_weights.hub_server import Hub, serve
 
 runner = CliRunner()
 BUNDLED = "smollm2-135m/l15"
@@ -180,6 +183,43 @@ def test_inspect_fails_when_the_content_is_not_what_the_digest_names(gemma, tmp_
     done = run("inspect", tmp_path / "out", "--verify")
     assert done.exit_code == 1
     assert "FAILED the digest is that of the content" in told(done)
+
+
+@pytest.fixture
+def published(gemma, tmp_path, monkeypatch):
+    """A Hub that has it under its public id."""
+    hub = Hub()
+    server = serve(hub)
+    name = "layer_20/width_16k/average_l0_71/params.npz"
+    commit = hub.commit("google/gemma-scope-2b-pt-res", {name: (gemma / "params.npz").read_bytes()})
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("EDITSERVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    yield commit
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_public_id_is_imported_and_says_of_every_byte_where_it_is_from(published, gemma, tmp_path):
+    source = "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
+    done = run("inspect", source, "--verify")
+    assert done.exit_code == 0, done.output
+    sha256 = hashlib.sha256((gemma / "params.npz").read_bytes()).hexdigest()
+    for shown in (f"hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71@{published}", sha256, source):
+        assert shown in unbroken(done)
+    assert run("import", source, tmp_path / "out").exit_code == 0
+    again = run("inspect", tmp_path / "out")
+    assert sha256 in unbroken(again)
+    assert published in unbroken(again)
+    (cached,) = (tmp_path / "hf").glob("models--*/blobs/*")
+    before = cached.stat()
+    data = bytearray(cached.read_bytes())
+    data[-40] ^= 1
+    cached.write_bytes(data)
+    os.utime(cached, ns=(before.st_atime_ns, before.st_mtime_ns))
+    refused = run("inspect", source, "--verify")
+    assert refused.exit_code == 2
+    assert "is not the file that the Hub has" in told(refused)
 
 
 @pytest.mark.parametrize(
