@@ -113,9 +113,13 @@ def _build(fields: dict[str, Any], transfers: tuple[Transfer, ...]) -> LatentMap
         transfers=canonical(transfers),
         scope=_scope(fields.get("scope", {"kind": "all"})),
         gate=None if fields.get("gate") is None else _gate(fields["gate"]),
-        provenance=_object(fields.get("provenance") or {}, "provenance", None),
-        report=_object(fields.get("report") or {}, "report", None),
+        provenance=_notes(fields, "provenance"),
+        report=_notes(fields, "report"),
     )
+
+
+def _notes(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {} if fields.get(name) is None else _object(fields[name], name, None)
 
 
 def _transfer_body(t: Transfer) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class TopicStatistics:
         rows = activations if keep is None else activations[keep]
         if not bool((rows.abs() <= LARGEST).all()):
             raise TopicError("an activation is not a number, or so large that its token should be left out")
+        if float(rows.abs().sum(dim=0, dtype=torch.float64).max()) / STEP >= _FULL:
+            raise TopicError("too many tokens at once: add them in smaller chunks")
         total = (rows.double() / STEP).round().to(torch.int64).sum(dim=0).cpu().numpy()
         fired = (rows != 0).sum(dim=0).cpu().numpy()
         return self.merge(TopicStatistics(len(rows), total, fired))
