@@ -62,6 +62,16 @@ def test_densities_of_the_selected_latents_alone_give_the_same_concept() -> None
         build_concept(moments, other, selection, "world", **facts)
 
 
+def test_priors_enter_the_table() -> None:
+    _, densities, selection = statistics()
+    weights = {"sports": 1.0, "world": 1.0, "background": 6.0}
+    made = concept(priors=weights)
+    index = list(selection.features)
+    torch.testing.assert_close(made.posterior, posterior(densities, "world", weights)[index].float())
+    assert made.priors.tolist() == [0.125, 0.125, 0.75]
+    assert made.digest != concept().digest
+
+
 def test_every_method_has_its_transfer_function() -> None:
     made, a = concept(), torch.rand(20, 3) * 5
     assert isinstance(made.transfer("mask"), Whole)
@@ -125,8 +135,11 @@ def test_the_digest_sees_every_field() -> None:
                 other = value + 1
             case "firing":
                 other = value - 1
-            case _:
-                other = value * 0.5 if value.is_floating_point() else value + 1
+            case _:  # the last number alone
+                other = value.clone()
+                other.view(-1)[-1] += (
+                    1 if not value.is_floating_point() else 0.25 * (1 - 2 * other.view(-1)[-1].round())
+                )
         seen.add(dataclasses.replace(made, **{field.name: other}).digest)
     assert len(seen) == 1 + len(dataclasses.fields(Concept))
 
