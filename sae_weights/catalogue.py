@@ -19,8 +19,7 @@ from .formats import FORMATS, Hints, load_sae
 from .formats.json_object import read_json_object
 from .formats.saelens import CONFIG_FILE
 from .formats.saelens_config import SCALED_INPUT
-from .hub import Fetched, fetch
-from .hub_path import SCHEME, HubPath
+from .hub import SCHEME, Fetched, HubPath, fetch
 from .registry import Entry, registry
 from .sae import SAE
 from .sidecar import read_sidecar

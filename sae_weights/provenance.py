@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .hub_files import CONFIGS, TENSORS
-from .hub_record import hashes
+from .hub import CONFIGS, TENSORS, hashes
 
 
 def of_local_files(path: Path) -> dict[str, Any]:

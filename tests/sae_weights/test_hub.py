@@ -17,8 +17,7 @@ from huggingface_hub import constants
 
 from sae_weights import Hook, Origin, SAEFormatError, load_sae, resolve, save_saelens
 from sae_weights.catalogue import locate
-from sae_weights.hub import fetch
-from sae_weights.hub_path import HubPath
+from sae_weights.hub import HubPath, fetch
 from sae_weights.registry import Registry, registry, user_file
 from tests.sae_weights.formats.makers import MAKERS
 from tests.sae_weights.hub_server import Hub, serve

@@ -10,7 +10,7 @@ import pytest
 
 from sae_weights import SAEFormatError
 from sae_weights import registry as registry_module
-from sae_weights.hub_path import HubPath
+from sae_weights.hub import HubPath
 from sae_weights.registry import SHIPPED, Registry, registry, user_file
 
 LOADERS = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import SAEFormatError
-from .hub_path import HubPath
+from sae_weights.errors import SAEFormatError
+
+from .place import HubPath
 
 
 @contextmanager

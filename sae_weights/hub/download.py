@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import SAEFormatError
-from .hub_errors import explained
-from .hub_files import Listed, Tree, needed
-from .hub_path import HubPath
-from .hub_record import HubFile, Record, changed, hashes
+from sae_weights.errors import SAEFormatError
+
+from .errors import explained
+from .files import Listed, Tree, needed
+from .place import HubPath
+from .record import HubFile, Record, changed, hashes
 
 _log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

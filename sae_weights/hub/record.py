@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cache import cache_root
-from .errors import SAEFormatError
-from .hub_files import Listed
-from .hub_path import HubPath
+from sae_weights.cache import cache_root
+from sae_weights.errors import SAEFormatError
+
+from .files import Listed
+from .place import HubPath
 
 _BLOCK = 1 << 22
 _SHOW_PROGRESS_FROM = 1 << 28

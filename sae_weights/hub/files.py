@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Protocol
 
-from .errors import SAEFormatError
-from .hub_path import HubPath
+from sae_weights.errors import SAEFormatError
+
+from .place import HubPath
 
 WEIGHTS = (
     "sae_weights.safetensors",
