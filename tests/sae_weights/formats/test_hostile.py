@@ -365,7 +365,7 @@ def test_a_recorded_digest_is_a_digest(tmp_path, digest):
 @every_format
 def test_headers_that_lie_about_sizes_are_refused(case):
     for file in case.weights:
-        whole, tensors = file.read_bytes(), list(read(file))
+        whole, tensors = file.read_bytes(), read(file)
         for content in LIES[file.suffix](tensors):
             file.write_bytes(content)
             case.refused()
