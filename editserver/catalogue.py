@@ -104,6 +104,22 @@ def approximated(opened: Sequence[OpenedSAE], chosen: Sequence[str]) -> list[Ope
     return [one.approximate() if one.id in chosen else one for one in opened]
 
 
+def check_distinct(opened: Sequence[OpenedSAE]) -> None:
+    """Where two files carry one digest, read both: programs know dictionaries by it, and a file may claim another's.
+
+    Raises:
+        CatalogueError: a file whose content is not what its digest says.
+    """
+    for i, one in enumerate(opened):
+        twins = [other for other in opened[:i] if other.sae.digest == one.sae.digest and other.origin != one.origin]
+        for sae in {id(twin): twin for twin in (*twins, one)}.values() if twins else ():
+            if sae.sae.compute_digest() != sae.sae.digest:
+                raise CatalogueError(
+                    f"SAE {sae.id}: {sae.origin.path} carries the digest {sae.sae.digest[:12]}… of another dictionary; "
+                    "import it anew with: editserver sae import"
+                )
+
+
 def check_fit(opened: Sequence[OpenedSAE], d_model: int, n_layers: int) -> None:
     """Refuse dictionaries of another model.
 

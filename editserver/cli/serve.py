@@ -14,6 +14,7 @@ from editserver.catalogue import (
     CatalogueError,
     OpenedSAE,
     approximated,
+    check_distinct,
     check_fit,
     full_encode_ids,
     open_sae,
@@ -127,6 +128,7 @@ def open_saes(sources: Iterable[str], approximate: Sequence[str] = ()) -> list[O
             raise UsageError(f"--sae {source}: the name {one.id!r} is taken; give another with --sae NAME=SOURCE")
         opened.append(one)
     try:
+        check_distinct(opened)
         return approximated(opened, approximate)
     except CatalogueError as error:
         raise UsageError(str(error)) from error

@@ -14,6 +14,7 @@ from .place import HubPath
 
 WEIGHTS = (
     "sae_weights.safetensors",
+    "sae_weights.pt",
     "params.npz",
     "params.safetensors",
     "sae.safetensors",
@@ -21,6 +22,8 @@ WEIGHTS = (
     "sae.pt",
     "cc_weights.pt",
     "checkpoints/final.safetensors",
+    "checkpoints/pruned.safetensors",
+    "checkpoints/pruned.pt",
     "latest_ckpt.safetensors",
     "atoms.pt",
     "model.safetensors",
@@ -37,6 +40,7 @@ CONFIGS = (
     "conf.yaml",
     "hyperparams.json",
     "metadata.yaml",
+    "final_config.yaml",
     "wandb-config.yaml",
     "wanb-config.yaml",
     "activation_scaler.json",

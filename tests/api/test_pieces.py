@@ -20,7 +20,7 @@ from editserver.api.edit import Choice
 from editserver.api.guard import BodyGuard, UnauthorizedEnvelope
 from editserver.api.knowledge import FeatureKnowledge
 from editserver.api.plugin import HandshakeError, check_handshake
-from editserver.catalogue import CatalogueError, build_catalogue, check_fit, full_encode_ids, open_sae
+from editserver.catalogue import CatalogueError, build_catalogue, check_distinct, check_fit, full_encode_ids, open_sae
 from editserver.cli import main as cli
 from editserver.cli.serve import (
     Options,
@@ -472,3 +472,17 @@ def test_an_unknown_flag_is_vllms_parsers_error(capfd: pytest.CaptureFixture[str
     assert "--no-such-flag" in outcome.output + capfd.readouterr().err
     outcome = CliRunner().invoke(cli.app, ["serve", "--port", "8000"])
     assert outcome.exit_code == 2
+
+
+def test_a_file_that_carries_another_dictionarys_digest_is_found_out(tmp_path: Path) -> None:
+    """Programs know dictionaries by digest: a lying header must not put one dictionary's rows in another's place."""
+
+    honest = save_native(random_sae("relu", 8, layer=2, seed=1), tmp_path / "honest")
+    same = save_native(random_sae("relu", 8, layer=2, seed=1), tmp_path / "same")
+    lying = save_native(random_sae("relu", 8, layer=2, seed=2), tmp_path / "lying")
+    weights = lying / "sae.safetensors"
+    claimed, own = (open_sae(str(folder)).sae.digest.encode() for folder in (honest, lying))
+    weights.write_bytes(weights.read_bytes().replace(own, claimed))
+    check_distinct([open_sae(str(honest)), open_sae(str(same))])
+    with pytest.raises(CatalogueError, match=r"SAE lying: .* carries the digest"):
+        check_distinct([open_sae(str(honest)), open_sae(str(lying))])
