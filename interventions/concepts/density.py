@@ -38,7 +38,8 @@ def bin_index(a: Tensor, low: Tensor, inverse_width: Tensor, n_bins: int) -> Ten
     belong to the first or last bin.
     """
     position = ((a.float() - low) * inverse_width).floor()
-    return position.clamp(0, n_bins - 1).long()
+    # NaN has no bin, but must not become an index outside the table either; what it scales stays NaN.
+    return position.clamp(0, n_bins - 1).nan_to_num(n_bins - 1).long()
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,6 +128,13 @@ def test_weights_take_any_leading_shape() -> None:
         assert transfer.weight(a[0]).shape == (N,)
 
 
+def test_what_is_not_finite_has_a_bin_and_stays_what_it_is() -> None:
+    a = torch.tensor([[math.nan] * N, [math.inf] * N])
+    table = random_table(9)
+    assert torch.equal(table.weight(a), table.rows[:, -1].expand(2, N))
+    assert apply(table, a)[0].isnan().all()
+
+
 def test_strength_above_one_takes_latents_below_zero() -> None:
     a = torch.full((1, N), 2.0)
     assert apply(Whole(), a, 3.0).tolist() == [[-4.0] * N]
