@@ -38,8 +38,16 @@ def test_over_many_draws_the_rate_is_the_expected_one_and_the_interval_covers(n:
 
 
 def test_the_rank_is_exact_where_decimals_are_not() -> None:
-    """(n + 1)(1 − α) = 20·0.95 is 19.000000000000000x in floating point; the rank is 19, not 20."""
-    for n, alpha, rank in ((19, 0.05, 19), (99, 0.01, 99), (999, 0.001, 999), (9, 0.3, 7), (199, 0.1, 180)):
+    """(n + 1)(1 − α) = 1000·0.941 is above 941 in floating point; the rank is 941, not 942."""
+    for n, alpha, rank in (
+        (19, 0.05, 19),
+        (99, 0.01, 99),
+        (999, 0.001, 999),
+        (9, 0.3, 7),
+        (199, 0.1, 180),
+        (999, 0.059, 941),
+        (249, 0.172, 207),
+    ):
         assert calibrate(np.arange(1, n + 1), alpha).threshold == rank
 
 
@@ -89,5 +97,6 @@ def test_the_interval_of_a_held_out_rate_is_clopper_pearsons() -> None:
     every = rate_above(np.ones(20), 0.5)
     assert (every.value, every.high) == (1.0, 1.0)
     assert every.low == pytest.approx(0.025 ** (1 / 20))
+    assert rate_above([0.5, 0.5, 0.6, 0.4], 0.5).value == 0.25  # a gate opens above its threshold, not at it
     some = rate_above([0, 0, 0, 0, 0, 0, 0, 1, 1, 1], 0.5)
     assert (some.value, some.low, some.high) == pytest.approx((0.3, 0.0667, 0.6525), abs=1e-4)  # tables

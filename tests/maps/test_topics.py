@@ -54,6 +54,8 @@ def test_means_and_frequencies_are_those_of_the_batch() -> None:
     np.testing.assert_allclose(found.mean, kept.mean(axis=0), rtol=0, atol=STEP)
     np.testing.assert_array_equal(found.frequency, (kept != 0).mean(axis=0))
     np.testing.assert_allclose(found.mean_when_active, kept.sum(axis=0) / (kept != 0).sum(axis=0), rtol=1e-5)
+    signed = TopicStatistics.empty(2).add(torch.tensor([[-2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
+    assert (signed.fired.tolist(), signed.mean.tolist()) == ([2, 0], [-1 / 3, 0.0])
     empty = TopicStatistics.empty(3)
     assert (empty.mean.tolist(), empty.frequency.tolist()) == ([0, 0, 0], [0, 0, 0])
 
@@ -94,6 +96,13 @@ def test_farrell_is_the_published_recipe(sets) -> None:
         assert list(farrell(forget, retain, 20, 0.02, score).latents) == expected
 
 
+def test_a_retain_score_at_the_threshold_is_too_much() -> None:
+    forget = TopicStatistics.empty(2).add(torch.tensor([[1.0, 1.0]]))
+    retain = TopicStatistics.empty(2).add(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert farrell(forget, retain, 2, 0.5).latents == (1,)
+    assert farrell(forget, retain, 2, 0.5 + 1e-9).latents == (0, 1)
+
+
 def test_dsg_is_the_published_recipe(sets) -> None:
     forget, retain = sets
     ours, theirs = forget.mean**2, retain.mean**2
@@ -105,6 +114,7 @@ def test_dsg_is_the_published_recipe(sets) -> None:
     found = dsg(forget, retain, N, ratio_percentile=60, retain_percentile=90)
     assert list(found.latents) == expected
     assert found.passed["all"] == len(expected)
+    assert found.scores == tuple(forget.mean[expected] ** 2)
     assert found.passed["ratio in percentile 60"] == 24
     assert 50 not in dsg(forget, retain, N, 0, 0).latents  # silent on both: importance 0, ratio 0
 
@@ -117,10 +127,14 @@ def test_crisp_is_the_published_recipe_on_sets_of_equal_size(sets) -> None:
     assert list(crisp(forget, retain, 5).latents) == [i for i in candidates if ratio[i] >= 3][:5]
 
 
-def test_crisp_does_not_depend_on_how_much_retain_text_there_is(sets) -> None:
-    forget, retain = sets
-    doubled = retain.merge(retain)
-    assert crisp(forget, doubled, 5) == crisp(forget, retain, 5)
+def test_crisp_does_not_depend_on_how_much_retain_text_there_is() -> None:
+    """Latent 0 sums to 9 against 1: (9 / (1 + 1)) ≥ 3. Unscaled, thrice the retain text would make it 9 / (3 + 1)."""
+    forget = TopicStatistics.empty(1).add(torch.ones(9, 1))
+    retain = TopicStatistics.empty(1).add(torch.eye(9)[:, :1])
+    tripled = retain.merge(retain).merge(retain)
+    for theirs in (retain, tripled):
+        found = crisp(forget, theirs)
+        assert (found.latents, found.scores) == ((0,), (8.0,))
 
 
 def test_what_cannot_be_added_is_refused() -> None:
