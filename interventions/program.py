@@ -5,8 +5,9 @@ scalar ``a`` from ``h``, maps it through its *ops* in order, and writes the diff
 
     a      = read(h)                       # by ReadKind
     x_0    = a
-    x_i    = clip(alpha_i * x_{i-1} + beta_i, lo_i, hi_i)   for the ops whose selector holds for this token
-                                                            (and a != 0 where the op is only_if_active)
+    x_i    = op_i(x_{i-1})                  for the ops whose selector holds for this token (and a != 0 where the op is
+                                            only_if_active), by OpKind: clip(alpha*x + beta, lo, hi), or for concepts a
+                                            range mask or a gain table
     delta += c * (x_n - a) * w             # c = 1, ||h|| (NORM) or the SAE's own per-token scale (LATENT, MEMBER)
     delta += c * (decode(z') - decode(z))  # once per SAE with JOINT channels: z' is z with their results x_n in it
 
@@ -15,6 +16,9 @@ scalar ``a`` from ``h``, maps it through its *ops* in order, and writes the diff
 ``set v`` is (0, v), ``scale v`` is (v, 0), ``add v`` is (1, v), ``clamp`` is (1, 0) with bounds, ``ablate`` is (0, 0);
 ``project_out s`` is (1 - s, 0) on the coordinate along a unit vector and ``cap`` a clip of it. Steering adds are the
 channel that reads nothing (a = 0). All arithmetic is fp32, all channels read the same pre-edit ``h``.
+
+A gain table says how much of a latent's activation is a concept's (:mod:`interventions.concepts.gain`). It is a row like
+any other, content-addressed and ``d_model`` wide: ``[low, 1/width, nb, P_0 … P_{nb−1}, 0 …]``.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from enum import IntEnum
 import msgspec
 
 from interventions.selectors import Selector
+
+TABLE_HEADER = 3
+"""Numbers of a gain table's row before its posteriors."""
 
 SEMANTICS_VERSION = 1
 """Part of every digest. Raise it when the same program would produce different numbers."""
@@ -50,8 +57,20 @@ class ReadKind(IntEnum):
     one SAE at one layer together write decode(z') − decode(z), z' being z with every channel's result in its place."""
 
 
+class OpKind(IntEnum):
+    """How an op maps the current value x of a channel."""
+
+    AFFINE = 0
+    """x ← clip(alpha·x + beta, lo, hi)."""
+    RANGE = 1
+    """x ← 0 where x > 0 and lo ≤ x ≤ hi."""
+    GAIN = 2
+    """x ← x·(1 − strength·P_b), b = clamp(⌊(x − low)·(1/width)⌋, 0, nb − 1): values outside the table's range belong to
+    its first or last bin, so that none escapes."""
+
+
 class Op(msgspec.Struct, frozen=True, array_like=True):
-    """``x ← clip(alpha·x + beta, lo, hi)`` on the tokens of ``selectors[selector]``."""
+    """Maps the current value of its channel, by ``kind``, on the tokens of ``selectors[selector]``."""
 
     alpha: float
     beta: float
@@ -61,6 +80,11 @@ class Op(msgspec.Struct, frozen=True, array_like=True):
     selector: int
     intervention: int
     """Index into the request's list of interventions: for receipts only, not part of the digest."""
+    kind: OpKind = OpKind.AFFINE
+    strength: float = 0.0
+    """GAIN: λ."""
+    table: str = ""
+    """GAIN: key of the table, ``v:<sha256>`` of ``Program.vectors``."""
 
 
 class Channel(msgspec.Struct, frozen=True, array_like=True):
@@ -97,8 +121,9 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def row_keys(self) -> tuple[str, ...]:
-        """The distinct rows that the program reads or writes, in canonical order."""
-        return tuple(dict.fromkeys(c.row for layer in self.layers for c in layer.channels))
+        """The distinct rows that the program reads, writes or looks up in, in canonical order."""
+        channels = [channel for layer in self.layers for channel in layer.channels]
+        return tuple(dict.fromkeys(key for c in channels for key in (c.row, *(op.table for op in c.ops if op.table))))
 
     @property
     def n_instructions(self) -> int:
@@ -127,6 +152,9 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
                     put("op", op.only_if_active)
                     put_floats(op.alpha, op.beta, op.lo, op.hi)
                     sha.update(msgspec.msgpack.encode(self.selectors[op.selector]))
+                    if op.kind is not OpKind.AFFINE:  # affine ops came first: their digests stay what they were
+                        put("kind", int(op.kind), op.table)
+                        put_floats(op.strength)
         return sha.hexdigest()
 
 
