@@ -157,9 +157,7 @@ def _read(h: Tensor, channel: Channel, row: Row, members: Callable[[str], Tensor
     return members(digest)[:, index].float(), scale
 
 
-def _compose(
-    a: Tensor, channel: Channel, selected: Tensor, row_of: Callable[[str], Row]
-) -> tuple[Tensor, Tensor]:
+def _compose(a: Tensor, channel: Channel, selected: Tensor, row_of: Callable[[str], Row]) -> tuple[Tensor, Tensor]:
     """The channel's ops on ``a [n]``, in order: final x ``[n]`` and the int64 bits ``[n]`` of who changed it."""
     x = a
     changed = torch.zeros(len(a), dtype=torch.int64, device=a.device)
