@@ -111,7 +111,7 @@ def edit_layer(
             continue
         row = row_of(channel.row)
         a, scale = _read(h, channel, row, members)
-        x, changed = _compose(a, channel, selected, row_of)
+        x, changed = compose(a, channel, selected, row_of)
         coefficient = scale * (x - a)
         # Where it is zero nothing is added: an infinite row entry or scale must not turn "no change" into NaN.
         delta += torch.where((coefficient != 0)[:, None], coefficient[:, None] * row.write, 0.0)
@@ -122,7 +122,7 @@ def edit_layer(
         z = members(digest).float()
         edited = z.clone()
         for index, channel in channels:
-            edited[:, index], changed = _compose(z[:, index], channel, selected, row_of)
+            edited[:, index], changed = compose(z[:, index], channel, selected, row_of)
             fired |= torch.where(edited[:, index] != z[:, index], changed, 0)
         delta += effect(digest, z, edited)
     norm, size = h.norm(dim=-1), delta.norm(dim=-1)
@@ -157,7 +157,7 @@ def _read(h: Tensor, channel: Channel, row: Row, members: Callable[[str], Tensor
     return members(digest)[:, index].float(), scale
 
 
-def _compose(a: Tensor, channel: Channel, selected: Tensor, row_of: Callable[[str], Row]) -> tuple[Tensor, Tensor]:
+def compose(a: Tensor, channel: Channel, selected: Tensor, row_of: Callable[[str], Row]) -> tuple[Tensor, Tensor]:
     """The channel's ops on ``a [n]``, in order: final x ``[n]`` and the int64 bits ``[n]`` of who changed it."""
     x = a
     changed = torch.zeros(len(a), dtype=torch.int64, device=a.device)

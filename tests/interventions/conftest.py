@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from interventions.concepts.concept import Concept
 from interventions.compile import Compiled, compile_request
+from interventions.concepts.concept import Concept
 from interventions.errors import InterventionError
 from interventions.limits import Limits
 from interventions.spec import parse_inspect, parse_interventions
@@ -140,9 +140,7 @@ def server(saes: dict[str, SAE]) -> Server:
     concepts = {name: (name, made_concept(sae, 1, n_bins=9, seed=i)) for i, (name, sae) in enumerate(saes.items())}
     concepts["fine"] = ("relu", made_concept(saes["relu"], 1, n_bins=D, seed=50))
     concepts["full"] = ("relu", made_concept(saes["relu"], 1, n_bins=D - 3, seed=51))
-    return Server(
-        saes={name: Offered(name, 1, sae) for name, sae in saes.items()}, vectors=vectors, concepts=concepts
-    )
+    return Server(saes={name: Offered(name, 1, sae) for name, sae in saes.items()}, vectors=vectors, concepts=concepts)
 
 
 @pytest.fixture
