@@ -34,7 +34,7 @@ def test_capabilities_publish_layers_limits_types_and_schemas(http: httpx.Client
     minimum |= {"inspected_features": 256, "top_k": 128, "bank_rows": 8192}
     assert body["limits"].items() >= minimum.items()
     assert body["intervention_types"] == ["steer", "edit_features", "suppress"]
-    assert set(body["schemas"]) == {"steer", "edit_features", "inspect"}
+    assert set(body["schemas"]) == {"steer", "edit_features", "suppress", "inspect"}
     assert RELU in [sae["id"] for sae in body["saes"]]
 
 
