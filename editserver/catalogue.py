@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from editserver.engine.config import EngineConfig, SAESource
-from editserver.library import VectorLibrary
+from editserver.library import ConceptLibrary, VectorLibrary
 from editserver.settings import Settings
 from interventions.catalogue import how_to_edit, needs_full_encode
+from interventions.concepts.concept import Concept
 from interventions.errors import InterventionError
 from interventions.limits import Limits
 from interventions.wording import choices, nearest, show
@@ -213,7 +214,10 @@ class ServedCatalogue:
     refuse_over_dose: bool
     saes: Mapping[str, ServedSAE]
     library: VectorLibrary
+    concepts: ConceptLibrary
     tokenizer: Any
+    model: str = ""
+    """The served name; empty where nobody gave it one: then concepts are bound by their SAE alone."""
     _token_text: dict[int, str] = field(default_factory=dict)
 
     def sae(self, name: str) -> ServedSAE:
@@ -228,6 +232,37 @@ class ServedCatalogue:
         """The library vector called ``name``; raises ``unknown_vector``."""
         return self.library.get(name).layers
 
+    def concept(self, name: str) -> tuple[ServedSAE, Concept]:
+        """The library concept called ``name`` and its dictionary.
+
+        Raises:
+            InterventionError: ``unknown_concept``, or ``invalid_artifact`` for one that :meth:`dictionary_of` refuses.
+        """
+        concept = self.concepts.get(name)
+        try:
+            return self.dictionary_of(concept), concept
+        except InterventionError as error:
+            raise InterventionError(
+                "invalid_artifact", f"concept {show(name)} is not of this server: {error}"
+            ) from None
+
+    def dictionary_of(self, concept: Concept) -> ServedSAE:
+        """The dictionary on which ``concept`` was fitted.
+
+        Raises:
+            InterventionError: ``invalid_artifact``: another model's, or no such dictionary at that layer is served.
+        """
+        if self.model and concept.model != self.model:
+            message = f"fitted on the model {show(concept.model)}; this server has {show(self.model)}"
+            raise InterventionError("invalid_artifact", f"model: {message}", "model")
+        served = next((sae for sae in self.saes.values() if sae.sae.digest == concept.sae_digest), None)
+        if served is None:
+            have = choices(f"{sae.id} ({sae.sae.digest[:12]}…)" for sae in self.saes.values())
+            message = f"fitted on the SAE {concept.sae_digest[:12]}…; this server has {have}"
+            raise InterventionError("invalid_artifact", f"sae_digest: {message}", "sae_digest")
+        concept.check_sae(served.sae.digest, served.layer, served.sae.n_features)
+        return served
+
     def encode_text(self, text: str) -> list[int]:
         """Token ids without special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -241,7 +276,14 @@ class ServedCatalogue:
 
 
 def build_catalogue(
-    config: EngineConfig, settings: Settings, *, d_model: int, n_layers: int, vocab_size: int, tokenizer: Any
+    config: EngineConfig,
+    settings: Settings,
+    *,
+    d_model: int,
+    n_layers: int,
+    vocab_size: int,
+    tokenizer: Any,
+    model: str = "",
 ) -> ServedCatalogue:
     """Open what ``config`` names, as the engine's processes do.
 
@@ -266,5 +308,7 @@ def build_catalogue(
         refuse_over_dose=settings.dose.refuse,
         saes=served,
         library=VectorLibrary(settings.library),
+        concepts=ConceptLibrary(settings.library),
         tokenizer=tokenizer,
+        model=model,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from interventions.concepts.concept import Concept
 from interventions.limits import Limits
 from sae_weights.architectures import ARCHITECTURES
 from sae_weights.sae import SAE
@@ -66,6 +67,12 @@ class Catalogue(Protocol):
 
     def vector(self, name: str) -> Mapping[int, Any]:
         """The library vector of that name: layer → float32 ``[d_model]``, numpy or torch; raises ``unknown_vector``."""
+
+    def concept(self, name: str) -> tuple[CatalogueSAE, Concept]:
+        """The library concept of that name, and the dictionary that it was fitted on.
+
+        Raises ``unknown_concept``, or ``invalid_artifact`` where it was fitted on something else than what is here.
+        """
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""

@@ -17,18 +17,11 @@ import torch
 
 from interventions.catalogue import Catalogue, CatalogueSAE, how_to_edit, needs_full_encode
 from interventions.compiled import Compiled, Entry, can_select_prompt, check_selectable
+from interventions.concepts.gain import TAU
 from interventions.errors import Code, InterventionError
 from interventions.fields import Part
-from interventions.program import (
-    Channel,
-    LayerProgram,
-    Op,
-    Program,
-    Read,
-    ReadKind,
-    feature_key,
-    vector_key,
-)
+from interventions.instruction import Draft, Instruction, latent_instruction, norm, rounded
+from interventions.program import Read, ReadKind, feature_key, vector_key
 from interventions.selectors import (
     ALL,
     GENERATED,
@@ -38,19 +31,13 @@ from interventions.selectors import (
     slice_selector,
     union,
 )
-from interventions.spec import EditFeatures, FeatureEdit, Inspect, Intervention, Steer, join
+from interventions.spec import EditFeatures, Inspect, Intervention, Steer, Suppress, join
+from interventions.suppression import suppress_fitted, suppress_inline
 from interventions.wording import choices, printable, show
 
 __all__ = ["Catalogue", "CatalogueSAE", "Compiled", "Entry", "check_selectable", "compile_request"]
 
 Array = npt.NDArray[np.float32]
-
-_LARGEST_STATE = 1e6
-"""Activations and norms of the residual stream stay below this (attention sinks reach some 10,000)."""
-_LARGEST_DELTA = 1e18
-"""Its square is still far inside float32."""
-_LARGEST_LATENT, _LARGEST_EDITED_LATENT = 1e4, 1e6
-"""The same for latents whose decoder multiplies up to three of them: activations, and what an edit may make of them."""
 
 _KEYWORD = {"all": ALL, "prompt": PROMPT, "generated": GENERATED, "last_prompt_token": LAST_PROMPT_TOKEN}
 
@@ -71,7 +58,7 @@ def compile_request(
     listed = sum(len(read.features) for read in reads)
     _limit("inspected_features", listed, limits.inspected_features, "inspect")
     return Compiled(
-        program=compiler.program(),
+        program=compiler.draft.program(catalogue.max_dose, catalogue.refuse_over_dose),
         entries=entries,
         reads=tuple(reads),
         inspect_ids=tuple(spec.sae for spec in inspect),
@@ -88,53 +75,30 @@ def _limit(name: str, have: int, bound: int, param: str) -> None:
         raise InterventionError("limit_exceeded", f"{param}: {have} {shown}; this server allows {bound}", param)
 
 
-def _round(value: float) -> float:
-    """To the nearest float32 (``inf`` beyond its range)."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(value)) + 0.0
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    """One op, before selectors are numbered and equal rows meet in one channel."""
-
-    alpha: float
-    beta: float
-    lo: float
-    hi: float
-    only_if_active: bool
-    selector: Selector
-    intervention: int
-
-    @property
-    def is_identity(self) -> bool:
-        return (self.alpha, self.beta, self.lo, self.hi) == (1.0, 0.0, -math.inf, math.inf)
-
-
 @dataclass
 class _Compiler:
     catalogue: Catalogue
-    channels: dict[tuple[int, ReadKind, str], list[_Instruction]] = field(default_factory=dict)
-    vectors: dict[str, bytes] = field(default_factory=dict)
+    draft: Draft = field(default_factory=Draft)
     needs_full: set[str] = field(default_factory=set)
-    named: set[str] = field(default_factory=set)
-    """Row keys of all instructions, no-ops included."""
-    n_instructions: int = 0
 
     # one intervention ------------------------------------------------------------------------------------------------
 
     def entry(self, i: int, spec: Intervention) -> Entry:
         """Add one intervention's instructions and say what it became."""
         selector = self.selector(spec.tokens, spec.include_bos, f"{spec.param}.tokens", "invalid_intervention")
-        approximate = False
+        offered: CatalogueSAE | None = None
         if isinstance(spec, Steer):
             layers, kept = self.steer(i, spec, selector)
         else:
-            layers, kept = self.edit_features(i, spec, selector)
-            approximate = self.sae(spec.sae, f"{spec.param}.sae").sae.approximates is not None
+            if isinstance(spec, EditFeatures):
+                offered, kept = self.edit_features(i, spec, selector)
+            else:
+                offered, kept = self.suppress(i, spec, selector)
+            layers = (offered.layer,)
         limits = self.catalogue.limits
-        _limit("instructions", self.n_instructions, limits.instructions, spec.param)
-        _limit("rows", len(self.named), limits.rows, spec.param)
+        _limit("instructions", self.draft.n_instructions, limits.instructions, spec.param)
+        _limit("rows", len(self.draft.named), limits.rows, spec.param)
+        approximate = offered is not None and offered.sae.approximates is not None
         return Entry(spec.id, spec.type, layers, selector, not kept, spec.param, approximate)
 
     def steer(self, i: int, spec: Steer, selector: Selector) -> tuple[tuple[int, ...], bool]:
@@ -155,35 +119,52 @@ class _Compiler:
                     kind, beta, lo, hi = ReadKind.DOT, 0.0, *((low, high) if sign > 0 else (-high, -low))
             values = (row + np.float32(0.0)).astype("<f4").tobytes()
             key = vector_key(values)
-            instruction = _Instruction(_round(alpha), _round(beta), _round(lo), _round(hi), False, selector, i)
-            if self.add(layer, kind, key, instruction, silent=not row.any()):
-                self.vectors[key] = values
-                kept = True
+            instruction = Instruction(selector, i, rounded(alpha), rounded(beta), rounded(lo), rounded(hi))
+            kept |= self.draft.add(layer, kind, key, instruction, not row.any(), {key: values})
         return tuple(sorted(by_layer)), kept
 
-    def edit_features(self, i: int, spec: EditFeatures, selector: Selector) -> tuple[tuple[int, ...], bool]:
+    def edit_features(self, i: int, spec: EditFeatures, selector: Selector) -> tuple[CatalogueSAE, bool]:
         offered = self.sae(spec.sae, f"{spec.param}.sae")
-        self.check_layer(offered.layer, f"{spec.param}.sae")
-        kind = ReadKind.LATENT
-        if needs_full_encode(offered.sae):
-            kind = ReadKind.MEMBER if offered.sae.additive else ReadKind.JOINT
-            self.full(offered, f"{spec.param}.sae", "invalid_intervention", "to edit its latents")
+        kind = self.latents(offered, f"{spec.param}.sae")
         kept = False
         for j, edit in enumerate(spec.features):
             self.check_index(offered, edit.index, f"{spec.param}.features[{j}].index")
-            instruction = _Instruction(*_latent_op(edit), edit.only_if_active, selector, i)
-            kept |= self.add(offered.layer, kind, feature_key(offered.sae.digest, edit.index), instruction)
-        return (offered.layer,), kept
+            instruction = latent_instruction(edit, selector, i)
+            kept |= self.draft.add(offered.layer, kind, feature_key(offered.sae.digest, edit.index), instruction)
+        return offered, kept
 
-    def add(self, layer: int, kind: ReadKind, key: str, instruction: _Instruction, silent: bool = False) -> bool:
-        """Count the instruction; keep it unless it changes nothing."""
-        self.n_instructions += 1
-        self.named.add(key)
-        selects = bool(instruction.selector.ranges or instruction.selector.token_ids)
-        if silent or instruction.is_identity or not selects:
-            return False
-        self.channels.setdefault((layer, kind, key), []).append(instruction)
-        return True
+    def suppress(self, i: int, spec: Suppress, selector: Selector) -> tuple[CatalogueSAE, bool]:
+        param, base = f"{spec.param}.concept", Instruction(selector, i)
+        tau = TAU if spec.tau is None else spec.tau
+        if isinstance(spec.concept, str):
+            try:
+                offered, concept = self.catalogue.concept(spec.concept)
+                parts = suppress_fitted(concept, spec.chosen, spec.strength, tau, self.catalogue.d_model, base)
+            except InterventionError as error:
+                raise _placed(error, param) from None
+        else:
+            given, param = spec.concept, f"{param}.sae"
+            offered = self.sae(given.sae, param)
+            for j, index in enumerate(given.features):
+                self.check_index(offered, index, f"{spec.param}.concept.features[{j}]")
+            statistics = given.statistic("mu"), given.statistic("sigma")
+            parts = suppress_inline(given.features, *statistics, spec.chosen, spec.strength, tau, base)
+        kind = self.latents(offered, param)
+        kept = False
+        for part in parts:
+            key, tables = feature_key(offered.sae.digest, part.latent), {}
+            if part.table is not None:
+                tables[part.instruction.table] = part.table
+            kept |= self.draft.add(offered.layer, kind, key, part.instruction, vectors=tables)
+        return offered, kept
+
+    def latents(self, offered: CatalogueSAE, param: str) -> ReadKind:
+        """How the latents of the SAE are read in order to be edited; refuses an SAE that cannot be edited here."""
+        self.check_layer(offered.layer, param)
+        if not needs_full_encode(offered.sae):
+            return ReadKind.LATENT
+        self.full(offered, param, "invalid_intervention", "to edit its latents")
+        return ReadKind.MEMBER if offered.sae.additive else ReadKind.JOINT
 
     # names to content ------------------------------------------------------------------------------------------------
 
@@ -311,74 +292,12 @@ class _Compiler:
         top_k = min(spec.top_k, offered.sae.n_features)
         return Read(offered.sae.digest, offered.layer, features, top_k, selector, spec.after)
 
-    def check_reach(self, kind: ReadKind, row: str, instructions: Sequence[_Instruction]) -> None:
-        """Refuse a channel whose delta could leave what float32 can square, so that no norm overflows to infinity."""
-        factor, reach = 1.0, 0.0
-        if kind is ReadKind.NONE:
-            factor = _norm(np.frombuffer(self.vectors[row], "<f4"))
-        elif kind is ReadKind.NORM:
-            factor = _LARGEST_STATE
-        elif kind is ReadKind.JOINT:
-            reach = _LARGEST_LATENT
-        else:
-            reach = _LARGEST_STATE
-        bound = _LARGEST_EDITED_LATENT if kind is ReadKind.JOINT else _LARGEST_DELTA
-        for op in instructions:
-            reach = abs(op.alpha) * reach + abs(op.beta)
-            reach = max(abs(min(max(x, op.lo), op.hi)) for x in (-reach, reach))
-            if reach * factor > bound:
-                message = f"the edit could be of size {reach * factor:.3g}, beyond what float32 arithmetic can carry"
-                param = f"interventions[{op.intervention}]"
-                raise InterventionError("invalid_intervention", f"{param}: {message}", param)
-
-    # canonical form --------------------------------------------------------------------------------------------------
-
-    def program(self) -> Program | None:
-        """Everything that was added, in canonical order; ``None`` if nothing was."""
-        if not self.channels:
-            return None
-        selectors = tuple(sorted({op.selector for ops in self.channels.values() for op in ops}))
-        number = {selector: i for i, selector in enumerate(selectors)}
-        layers: dict[int, list[Channel]] = {}
-        for (layer, kind, row), instructions in sorted(self.channels.items()):
-            self.check_reach(kind, row, instructions)
-            ops = [
-                Op(o.alpha, o.beta, o.lo, o.hi, o.only_if_active, number[o.selector], o.intervention)
-                for o in instructions
-            ]
-            if kind in (ReadKind.NONE, ReadKind.NORM):  # constants only add up: their order means nothing
-                ops.sort(key=lambda op: (op.selector, op.beta, op.intervention))
-            layers.setdefault(layer, []).append(Channel(kind, row, tuple(ops)))
-        return Program(
-            layers=tuple(LayerProgram(layer, tuple(channels)) for layer, channels in layers.items()),
-            selectors=selectors,
-            vectors=dict(sorted(self.vectors.items())),
-            max_dose=_round(self.catalogue.max_dose),
-            refuse_over_dose=bool(self.catalogue.refuse_over_dose) and math.isfinite(self.catalogue.max_dose),
-        )
-
 
 def _placed(error: InterventionError, param: str) -> InterventionError:
     """The catalogue's error, with the field that named the missing thing."""
     if error.param is None:
         error.param = param
     return error
-
-
-def _latent_op(edit: FeatureEdit) -> tuple[float, float, float, float]:
-    """(alpha, beta, lo, hi) of one op on a latent."""
-    value = edit.value if edit.value is not None else 0.0
-    if edit.op == "set":
-        return 0.0, value + 0.0, -math.inf, math.inf
-    if edit.op == "scale":
-        return value + 0.0, 0.0, -math.inf, math.inf
-    if edit.op == "add":
-        return 1.0, value + 0.0, -math.inf, math.inf
-    if edit.op == "clamp":
-        low = -math.inf if edit.min is None else edit.min + 0.0
-        high = math.inf if edit.max is None else edit.max + 0.0
-        return 1.0, 0.0, low, high
-    return 0.0, 0.0, -math.inf, math.inf
 
 
 def _array(row: Any) -> Array:
@@ -388,20 +307,15 @@ def _array(row: Any) -> Array:
     return np.asarray(row, dtype=np.float32)
 
 
-def _norm(row: Array) -> float:
-    """Euclidean norm, correctly rounded, so that every machine derives the same unit vector."""
-    return math.sqrt(math.fsum((row.astype(np.float64) ** 2).tolist()))
-
-
 def _unit(row: Array, param: str, mode: str) -> tuple[Array, float]:
     """``(unit vector, sign)``: v̂ = sign · unit vector, whose first non-zero component is positive.
 
     v̂ and −v̂ thereby share one row, and the ops along them compose.
     """
-    norm = _norm(row)
-    if norm == 0.0:
+    length = norm(row)
+    if length == 0.0:
         message = f"mode {mode} needs a direction; this vector is zero"
         raise InterventionError("invalid_intervention", f"{param}: {message}", param)
-    unit = (row.astype(np.float64) / norm).astype(np.float32)
+    unit = (row.astype(np.float64) / length).astype(np.float32)
     sign = float(np.sign(unit[np.flatnonzero(unit)[0]]))
     return unit * np.float32(sign), sign

@@ -106,7 +106,31 @@ def integers(value: Any) -> list[int]:
     return value
 
 
+def _not_negative(value: Any) -> float:
+    """A number ≥ 0."""
+    found = number(value)
+    if found < 0:
+        raise fault(f"expected a number ≥ 0, got {show(value)}")
+    return found + 0.0
+
+
+def _statistic(value: Any) -> float | list[float]:
+    """One number, or a non-empty list of them."""
+    if not isinstance(value, list):
+        return number(value)
+    if not value:
+        raise fault("the list is empty; expected one number per feature, or one for all")
+    return [number(item, i) for i, item in enumerate(value)]
+
+
 Number = Annotated[float, BeforeValidator(number)]
+NotNegative = Annotated[float, BeforeValidator(_not_negative), Field(json_schema_extra={"minimum": 0})]
+Statistic = Annotated[
+    float | list[float],
+    PlainValidator(_statistic),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}, "minItems": 1}]}),
+]
+"""A number per feature, or one for all."""
 Integer = Annotated[int, BeforeValidator(integer)]
 Integers = Annotated[
     list[int], BeforeValidator(integers), Field(json_schema_extra={"minItems": 1, "uniqueItems": True})

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from interventions.program import Channel, LayerProgram, ReadKind, parse_feature_key
+from interventions.program import (
+    TABLE_HEADER,
+    Channel,
+    LayerProgram,
+    Op,
+    OpKind,
+    ReadKind,
+    parse_feature_key,
+)
 from interventions.selectors import Selector
 from sae_weights.input_norm import INPUT_NORMS, normalise
 from sae_weights.sae import SAE
@@ -103,7 +111,7 @@ def edit_layer(
             continue
         row = row_of(channel.row)
         a, scale = _read(h, channel, row, members)
-        x, changed = _compose(a, channel, selected)
+        x, changed = compose(a, channel, selected, row_of)
         coefficient = scale * (x - a)
         # Where it is zero nothing is added: an infinite row entry or scale must not turn "no change" into NaN.
         delta += torch.where((coefficient != 0)[:, None], coefficient[:, None] * row.write, 0.0)
@@ -114,7 +122,7 @@ def edit_layer(
         z = members(digest).float()
         edited = z.clone()
         for index, channel in channels:
-            edited[:, index], changed = _compose(z[:, index], channel, selected)
+            edited[:, index], changed = compose(z[:, index], channel, selected, row_of)
             fired |= torch.where(edited[:, index] != z[:, index], changed, 0)
         delta += effect(digest, z, edited)
     norm, size = h.norm(dim=-1), delta.norm(dim=-1)
@@ -149,7 +157,7 @@ def _read(h: Tensor, channel: Channel, row: Row, members: Callable[[str], Tensor
     return members(digest)[:, index].float(), scale
 
 
-def _compose(a: Tensor, channel: Channel, selected: Tensor) -> tuple[Tensor, Tensor]:
+def compose(a: Tensor, channel: Channel, selected: Tensor, row_of: Callable[[str], Row]) -> tuple[Tensor, Tensor]:
     """The channel's ops on ``a [n]``, in order: final x ``[n]`` and the int64 bits ``[n]`` of who changed it."""
     x = a
     changed = torch.zeros(len(a), dtype=torch.int64, device=a.device)
@@ -157,10 +165,22 @@ def _compose(a: Tensor, channel: Channel, selected: Tensor) -> tuple[Tensor, Ten
         acts = selected[op.selector]
         if op.only_if_active:
             acts = acts & (a != 0)
-        mapped = torch.where(acts, (op.alpha * x + op.beta).clamp(op.lo, op.hi), x)
+        mapped = torch.where(acts, _map(x, op, row_of), x)
         changed |= torch.where(mapped != x, 1 << op.intervention, 0)
         x = mapped
     return x, changed
+
+
+def _map(x: Tensor, op: Op, row_of: Callable[[str], Row]) -> Tensor:
+    """What the op makes of the values ``x [n]``."""
+    if op.kind is OpKind.RANGE:
+        return torch.where((x > 0) & (op.lo <= x) & (x <= op.hi), 0.0, x)
+    if op.kind is OpKind.GAIN:
+        row = row_of(op.table).read
+        low, inverse_width, n_bins = row[0], row[1], int(row[2])
+        place = ((x - low) * inverse_width).floor().clamp(0, n_bins - 1).long()
+        return x * (1.0 - op.strength * row[TABLE_HEADER + place])
+    return (op.alpha * x + op.beta).clamp(op.lo, op.hi)
 
 
 def select(selectors: Sequence[Selector], positions: Tensor, token_ids: Tensor, prompt_len: int) -> Tensor:

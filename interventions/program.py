@@ -5,8 +5,9 @@ scalar ``a`` from ``h``, maps it through its *ops* in order, and writes the diff
 
     a      = read(h)                       # by ReadKind
     x_0    = a
-    x_i    = clip(alpha_i * x_{i-1} + beta_i, lo_i, hi_i)   for the ops whose selector holds for this token
-                                                            (and a != 0 where the op is only_if_active)
+    x_i    = op_i(x_{i-1})                  for the ops whose selector holds for this token (and a != 0 where the op is
+                                            only_if_active), by OpKind: clip(alpha*x + beta, lo, hi), or for concepts a
+                                            range mask or a gain table
     delta += c * (x_n - a) * w             # c = 1, ||h|| (NORM) or the SAE's own per-token scale (LATENT, MEMBER)
     delta += c * (decode(z') - decode(z))  # once per SAE with JOINT channels: z' is z with their results x_n in it
 
@@ -15,6 +16,13 @@ scalar ``a`` from ``h``, maps it through its *ops* in order, and writes the diff
 ``set v`` is (0, v), ``scale v`` is (v, 0), ``add v`` is (1, v), ``clamp`` is (1, 0) with bounds, ``ablate`` is (0, 0);
 ``project_out s`` is (1 - s, 0) on the coordinate along a unit vector and ``cap`` a clip of it. Steering adds are the
 channel that reads nothing (a = 0). All arithmetic is fp32, all channels read the same pre-edit ``h``.
+
+A gain table says how much of a latent's activation is a concept's (:mod:`interventions.concepts.gain`). It is a row like
+any other, content-addressed and ``d_model`` wide: ``[low, 1/width, nb, P_0 … P_{nb−1}, 0 …]``.
+
+An op acts on a token where its selector holds, its ``scope`` (a second selector) holds too, and all its *gates* are open.
+A gate belongs to a layer and listens to latents there: a token is a *hit* where any of its evidence is active (a ≠ 0).
+Evidence, sources of a remap and ``only_if_active`` look at original activations, so the order of channels means nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +30,15 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
 
 import msgspec
 
 from interventions.selectors import Selector
+
+TABLE_HEADER = 3
+"""Numbers of a gain table's row before its posteriors."""
 
 SEMANTICS_VERSION = 1
 """Part of every digest. Raise it when the same program would produce different numbers."""
@@ -50,8 +62,71 @@ class ReadKind(IntEnum):
     one SAE at one layer together write decode(z') − decode(z), z' being z with every channel's result in its place."""
 
 
+class OpKind(IntEnum):
+    """How an op maps the current value x of a channel."""
+
+    AFFINE = 0
+    """x ← clip(alpha·x + beta, lo, hi)."""
+    RANGE = 1
+    """x ← 0 where x > 0 and lo ≤ x ≤ hi."""
+    GAIN = 2
+    """x ← x·(1 − strength·P_b), b = clamp(⌊(x − low)·(1/width)⌋, 0, nb − 1): values outside the table's range belong to
+    its first or last bin, so that none escapes."""
+    REMAP = 3
+    """x ← clip(alpha·x + beta·s + gamma·b, lo, hi): s is the token's unit, b the original activation of the latent
+    ``source`` (:mod:`interventions.maps.transfer`)."""
+
+
+class UnitKind(IntEnum):
+    """What ``beta`` of a remap is counted in: the factor s of a token."""
+
+    ABSOLUTE = 0
+    """s = 1."""
+    RESIDUAL_NORM = 1
+    """s = ||h|| / c, c the SAE's own per-token scale of what it writes."""
+    PREACT_MEAN = 2
+    """s = |mean over all latents of their pre-activations|: one row's dot product with the SAE's input, plus its bias."""
+
+
+class GateKind(IntEnum):
+    """When a gate is open; :mod:`interventions.maps.gates` defines the statistics of sequences."""
+
+    TRIGGER = 0
+    """At hit tokens (position 0 included, if something selects it)."""
+    SHARE_PROMPT = 1
+    """From the last prompt token on, if the share of hits in the prompt is above the threshold."""
+    SHARE_SEEN = 2
+    """Where the share of hits so far is above the threshold."""
+    WINDOW = 3
+    """Where the share of hits among the last ``window`` tokens is above the threshold."""
+    CUSUM = 4
+    """Where Page's cumulative sum is above the threshold."""
+
+
+class Gate(msgspec.Struct, frozen=True, array_like=True):
+    """Lets the ops that name it act. The fields after ``kind`` are those of the kind's class in ``interventions.maps``."""
+
+    kind: GateKind
+    read: ReadKind
+    """How the evidence is read: LATENT, or MEMBER where membership needs the whole dictionary (JOINT SAEs too)."""
+    evidence: tuple[str, ...]
+    """Feature keys, sorted; all of one SAE."""
+    threshold: float = 0.0
+    least: int = 1
+    window: int = 0
+    k: float = 0.0
+    reset: bool = False
+    latch: bool = False
+    include_bos: bool = False
+
+    @property
+    def over_sequence(self) -> bool:
+        """Whether earlier tokens matter: then hit bits are remembered by position."""
+        return self.kind is not GateKind.TRIGGER
+
+
 class Op(msgspec.Struct, frozen=True, array_like=True):
-    """``x ← clip(alpha·x + beta, lo, hi)`` on the tokens of ``selectors[selector]``."""
+    """Maps the current value of its channel, by ``kind``, on the tokens of ``selectors[selector]``."""
 
     alpha: float
     beta: float
@@ -61,6 +136,23 @@ class Op(msgspec.Struct, frozen=True, array_like=True):
     selector: int
     intervention: int
     """Index into the request's list of interventions: for receipts only, not part of the digest."""
+    kind: OpKind = OpKind.AFFINE
+    strength: float = 0.0
+    """GAIN: λ."""
+    table: str = ""
+    """GAIN: key of the table, ``v:<sha256>`` of ``Program.vectors``."""
+    gamma: float = 0.0
+    """REMAP: share of the source's activation."""
+    source: str = ""
+    """REMAP: feature key of the source, empty where gamma is 0."""
+    unit: UnitKind = UnitKind.ABSOLUTE
+    """REMAP: of ``beta``."""
+    mean: str = ""
+    """REMAP with PREACT_MEAN: key of the row that gives it, ``m:<SAE digest>``."""
+    scope: int = -1
+    """A selector that must hold as well; -1 for none."""
+    gates: tuple[int, ...] = ()
+    """Gates of the layer that must all be open."""
 
 
 class Channel(msgspec.Struct, frozen=True, array_like=True):
@@ -72,10 +164,11 @@ class Channel(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LayerProgram(msgspec.Struct, frozen=True, array_like=True):
-    """The channels after decoder layer ``layer`` (0-based), sorted by (read, row)."""
+    """The channels after decoder layer ``layer`` (0-based), sorted by (read, row), and the gates of their ops."""
 
     layer: int
     channels: tuple[Channel, ...]
+    gates: tuple[Gate, ...] = ()
 
 
 class Program(msgspec.Struct, frozen=True, array_like=True):
@@ -93,12 +186,26 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
     @property
     def needs_prompt_len(self) -> bool:
         """Whether two requests with equal prefixes but different prompt lengths can differ under this program."""
-        return any(s.needs_prompt_len for s in self.selectors)
+        over_prompt = any(gate.kind is GateKind.SHARE_PROMPT for layer in self.layers for gate in layer.gates)
+        return over_prompt or any(s.needs_prompt_len for s in self.selectors)
+
+    def resolved(self, prompt: Sequence[int]) -> Program:
+        """The program for one prompt (token ids): mentions that are looked up in it become positions."""
+        if not any(s.inside for s in self.selectors):
+            return self
+        return msgspec.structs.replace(self, selectors=tuple(s.resolved(prompt) for s in self.selectors))
 
     @property
     def row_keys(self) -> tuple[str, ...]:
-        """The distinct rows that the program reads or writes, in canonical order."""
-        return tuple(dict.fromkeys(c.row for layer in self.layers for c in layer.channels))
+        """The distinct rows that the program reads, writes or looks up in, in canonical order."""
+        keys: dict[str, None] = {}
+        for layer in self.layers:
+            for channel in layer.channels:
+                named = [key for op in channel.ops for key in (op.table, op.source, op.mean) if key]
+                keys.update(dict.fromkeys((channel.row, *named)))
+            for gate in layer.gates:
+                keys.update(dict.fromkeys(gate.evidence))
+        return tuple(keys)
 
     @property
     def n_instructions(self) -> int:
@@ -126,7 +233,19 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
                 for op in channel.ops:
                     put("op", op.only_if_active)
                     put_floats(op.alpha, op.beta, op.lo, op.hi)
-                    sha.update(msgspec.msgpack.encode(self.selectors[op.selector]))
+                    sha.update(self.selectors[op.selector].to_bytes())
+                    if op.kind is not OpKind.AFFINE:  # affine ops came first: their digests stay what they were
+                        put("kind", int(op.kind), op.table)
+                        put_floats(op.strength)
+                    if op.kind is OpKind.REMAP:
+                        put(op.source, int(op.unit), op.mean)
+                        put_floats(op.gamma)
+                    if op.scope >= 0:
+                        put("scope")
+                        sha.update(self.selectors[op.scope].to_bytes())
+                    for gate in op.gates:
+                        put("gate")
+                        sha.update(msgspec.msgpack.encode(layer.gates[gate]))
         return sha.hexdigest()
 
 
@@ -141,6 +260,11 @@ def parse_feature_key(key: str) -> tuple[str, int]:
     if kind != "f":
         raise ValueError(f"{key!r} is not a feature row")
     return digest, int(index)
+
+
+def mean_key(sae_digest: str) -> str:
+    """Row whose product with the SAE's input, plus its bias, is the mean pre-activation: ``m:<SAE digest>``."""
+    return f"m:{sae_digest}"
 
 
 def vector_key(values: bytes) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
+from interventions.maps.mentions import mention_ends, mention_positions
+
 UNBOUNDED = 2**31 - 1
 """Upper bound of a range that never ends (positions are int32)."""
 
@@ -41,11 +43,33 @@ class Range(msgspec.Struct, frozen=True, array_like=True, order=True):
 
 
 class Selector(msgspec.Struct, frozen=True, array_like=True, order=True):
-    """Union of ``ranges`` and of the tokens whose id is in ``token_ids``; without position 0 unless ``include_bos``."""
+    """Union of ``ranges``, of the tokens whose id is in ``token_ids`` and of mentions; without position 0 unless
+    ``include_bos``."""
 
     ranges: tuple[Range, ...] = ()
     token_ids: tuple[int, ...] = ()
     include_bos: bool = False
+    ends: tuple[tuple[int, ...], ...] = ()
+    """Token sequences: selects the last token of every occurrence, anywhere (looks back only)."""
+    inside: tuple[tuple[int, ...], ...] = ()
+    """Token sequences: selects all tokens of every occurrence within the prompt. Depends on later tokens, so it is
+    resolved to ``ranges`` as soon as the prompt is known (:meth:`resolved`), before digest, salt and engine."""
+
+    def to_bytes(self) -> bytes:
+        """What a digest takes in. Selectors without mentions came first: their bytes stay what they were."""
+        if not (self.ends or self.inside):
+            return msgspec.msgpack.encode((self.ranges, self.token_ids, self.include_bos))
+        return msgspec.msgpack.encode(self)
+
+    def resolved(self, prompt: Sequence[int]) -> Selector:
+        """The same selection for one prompt (token ids), with the mentions of ``inside`` as ranges of positions."""
+        if not self.inside:
+            return self
+        positions = mention_positions(prompt, self.inside, "all", self.include_bos)
+        found = [Selector((Range(Bound(False, p), Bound(False, p + 1)),)) for p in positions]
+        rest = Selector(self.ranges, self.token_ids, self.include_bos)
+        merged = union([rest, *found], self.include_bos)
+        return msgspec.structs.replace(merged, ends=self.ends)
 
     @property
     def needs_prompt_len(self) -> bool:
@@ -71,7 +95,7 @@ class Selector(msgspec.Struct, frozen=True, array_like=True, order=True):
 
         Args:
             positions: absolute positions, shape ``[n]``, any integer dtype.
-            token_ids: ids of the same tokens, shape ``[n]``.
+            token_ids: ids of the same tokens, shape ``[n]``; with ``ends``, a request's tokens from position 0 on.
             prompt_len: length of the request's original prompt.
 
         Returns:
@@ -84,6 +108,13 @@ class Selector(msgspec.Struct, frozen=True, array_like=True, order=True):
             wanted = torch.tensor(self.token_ids, dtype=token_ids.dtype, device=token_ids.device)
             matched = torch.isin(token_ids, wanted)
             selected |= matched if self.include_bos else matched & (positions > 0)
+        if self.inside:
+            raise ValueError("mentions inside the prompt are not resolved to positions yet")
+        if self.ends:
+            if not torch.equal(positions, torch.arange(len(positions), device=positions.device)):
+                raise ValueError("mentions are found in whole sequences only: expected the positions 0, 1, 2, …")
+            ended = torch.from_numpy(mention_ends(token_ids.tolist(), self.ends)).to(selected.device)
+            selected |= ended if self.include_bos else ended & (positions > 0)
         return selected
 
     def count(self, token_ids: Sequence[int], prompt_len: int) -> tuple[int, int]:

@@ -7,9 +7,9 @@ the server and are checked by :mod:`interventions.compile`. Anything that is not
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from interventions.errors import Code, InterventionError
 from interventions.fields import (
@@ -17,68 +17,40 @@ from interventions.fields import (
     Flag,
     Integer,
     Integers,
-    Label,
     Name,
     Number,
-    Path,
     Tokens,
     Values,
     fault,
     one_of,
 )
+from interventions.items import Common, Item, first_fault, join
+from interventions.suppress_spec import InlineConcept, Suppress
 from interventions.wording import choices, nearest, printable, show
+
+__all__ = [
+    "BUILT",
+    "EditFeatures",
+    "FeatureEdit",
+    "InlineConcept",
+    "Inspect",
+    "Intervention",
+    "InterventionSpec",
+    "Steer",
+    "Suppress",
+    "join",
+    "parse_inspect",
+    "parse_interventions",
+    "schemas",
+]
 
 MODES = ("add", "normalized", "project_out", "cap")
 OPS = ("set", "scale", "add", "clamp", "ablate")
-NOT_BUILT = ("suppress", "remap", "rules")
+NOT_BUILT = ("remap", "rules")
 """Types of the HTTP contract that this version refuses by name."""
 
 
-class _Object(BaseModel):
-    """A JSON object of ours: unknown fields are errors, ``null`` means absent."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, data: Any) -> Any:
-        if isinstance(data, cls):
-            return data
-        if not isinstance(data, dict):
-            raise fault(f"expected an object, got {show(data)}")
-        present = {key: value for key, value in data.items() if value is not None}
-        for key in present:
-            if not isinstance(key, str) or key not in cls.model_fields:
-                name = key if isinstance(key, str) else show(key)
-                known = choices(cls.model_fields)
-                raise fault(f"unknown field; known are {known}.{nearest(name, cls.model_fields)}", printable(name))
-        return present
-
-    def given(self, name: str) -> bool:
-        """Whether the request set the field (to anything but null)."""
-        return name in self.model_fields_set
-
-
-class _Common(_Object):
-    """Fields of every intervention."""
-
-    _param: str = PrivateAttr("interventions[0]")
-
-    id: Label = Field("", description="Label that the receipt repeats; default: the index in the list, as a string.")
-    tokens: Tokens = Field(
-        default_factory=lambda: ALL_TOKENS,
-        description="Which tokens: all, prompt, generated, last_prompt_token, a slice, token ids or strings, or a list "
-        "(their union).",
-    )
-    include_bos: Flag = Field(False, description="Whether position 0 may be selected too.")
-
-    @property
-    def param(self) -> str:
-        """Path of the intervention in the request, ``interventions[2]``."""
-        return self._param
-
-
-class Steer(_Common):
+class Steer(Common):
     """Adds, projects out or caps along a direction.
 
     The direction v is a library vector, given ``values``, or the decoder row of an SAE feature. ``add``: h + s·v.
@@ -141,7 +113,7 @@ class Steer(_Common):
         return self
 
 
-class FeatureEdit(_Object):
+class FeatureEdit(Item):
     """One op on one latent: with a the activation, ``set``: value. ``scale``: value·a. ``add``: a + value.
 
     ``clamp``: min(max(a, ``min``), ``max``). ``ablate``: 0.
@@ -187,7 +159,7 @@ def _feature_list(value: Any) -> Any:
     return value
 
 
-class EditFeatures(_Common):
+class EditFeatures(Common):
     """Edits latents of one SAE; the SAE's reconstruction error is preserved: h + decode(z') − decode(z)."""
 
     type: Literal["edit_features"] = Field("edit_features", description="Kind of intervention.")
@@ -206,7 +178,7 @@ class EditFeatures(_Common):
         return self
 
 
-class Inspect(_Object):
+class Inspect(Item):
     """Asks for the activations of one SAE: listed features always, ``top_k`` the largest non-zero ones."""
 
     _param: str = PrivateAttr("inspect")
@@ -232,38 +204,29 @@ class Inspect(_Object):
         return self
 
 
-Intervention = Steer | EditFeatures
+Intervention = Steer | EditFeatures | Suppress
 InterventionSpec = Annotated[Intervention, Field(discriminator="type")]
 """The union as a field type, for a model that embeds it."""
 
-BUILT: dict[str, type[Steer] | type[EditFeatures]] = {"steer": Steer, "edit_features": EditFeatures}
+BUILT: dict[str, type[Intervention]] = {"steer": Steer, "edit_features": EditFeatures, "suppress": Suppress}
 """Type name → model, for every intervention of this version."""
 
 
 class _Reader:
     """Validates one object and says where it went wrong."""
 
-    advice: ClassVar[dict[str, str]] = {"missing": "is required"}
-
     def __init__(self, code: Code) -> None:
         self.code = code
 
-    def read(self, model: type[_Object], data: Any, param: str) -> Any:
+    def read(self, model: type[Item], data: Any, param: str) -> Any:
         try:
             return model.model_validate(data)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            path: Path = (*first["loc"], *first.get("ctx", {}).get("path", ()))
-            message = self.advice.get(first["type"], first["msg"])
+            message, path = first_fault(error)
         raise self.error(message, join(param, *path))
 
     def error(self, message: str, param: str) -> InterventionError:
         return InterventionError(self.code, printable(f"{param}: {message}"), printable(param))
-
-
-def join(param: str, *path: str | int) -> str:
-    """``join("interventions", 2, "features", 0, "index")`` is ``interventions[2].features[0].index``."""
-    return param + "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in path)
 
 
 _interventions = _Reader("invalid_intervention")
@@ -341,5 +304,5 @@ def parse_inspect(raw: Any) -> list[Inspect]:
 
 def schemas() -> dict[str, Any]:
     """JSON schemas of the built intervention types and of ``inspect``, by name."""
-    models: dict[str, type[_Object]] = {**BUILT, "inspect": Inspect}
+    models: dict[str, type[Item]] = {**BUILT, "inspect": Inspect}
     return {name: model.model_json_schema() for name, model in models.items()}

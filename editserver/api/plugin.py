@@ -84,7 +84,13 @@ class EditserverEndpoint:
         d_model, n_layers, vocab_size, model = model_shape(engine_client.vllm_config)
         tokenizer = engine_client.renderer.get_tokenizer()
         catalogue = build_catalogue(
-            config, settings, d_model=d_model, n_layers=n_layers, vocab_size=vocab_size, tokenizer=tokenizer
+            config,
+            settings,
+            d_model=d_model,
+            n_layers=n_layers,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            model=model,
         )
         capacity = Capacity(config.bank_rows)
         state.editserver = EditState(config, settings, catalogue, capacity, VLLM_VERSION, model, state)

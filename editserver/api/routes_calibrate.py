@@ -17,13 +17,14 @@ from editserver.api.passes import MAX_CALIBRATION_PROMPTS, Passes, Prompt, Text,
 from editserver.api.state import EditState, editing
 from interventions.errors import InterventionError
 from interventions.fitting.strength import REFUSED, Calibration, TargetNotReached, calibrate, kl_divergence
-from interventions.spec import EditFeatures, Steer, parse_interventions
+from interventions.spec import EditFeatures, Steer, Suppress, parse_interventions
 
 router = APIRouter()
 
 EVALUATIONS = 20
 TOLERANCE = 0.05
 CALIBRATED_OPS = ("set", "add")
+CALIBRATED_METHODS = ("app", "attenuate")
 CLIENT_CLOSED = 499
 """Status for nobody: the client hung up."""
 
@@ -34,7 +35,8 @@ class CalibrateBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     intervention: Any = Field(
-        description="A steer, or an edit_features with an op set or add; its strength (value) gives sign and first guess."
+        description="A steer, a suppress by app or attenuate, or an edit_features with an op set or add; its strength "
+        "(value) gives sign and first guess."
     )
     prompts: Annotated[list[Text], Field(min_length=1)] = Field(
         description="Texts, or chats as lists of messages.", json_schema_extra={"maxItems": MAX_CALIBRATION_PROMPTS}
@@ -67,14 +69,14 @@ class CalibrateAnswer(CurvePoint):
 def _body_schema() -> dict[str, Any]:
     """The body's JSON schema; the intervention types are among the OpenAPI components already."""
     schema = CalibrateBody.model_json_schema()
-    types = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (Steer, EditFeatures)]
+    types = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (Steer, EditFeatures, Suppress)]
     schema["properties"]["intervention"]["oneOf"] = types
     return schema
 
 
 @dataclass(frozen=True)
 class Dial:
-    """The number of an intervention that is turned: ``strength`` of a steer, or ``value`` of its first set or add op.
+    """The number of an intervention that is turned: ``strength``, or ``value`` of its first set or add op.
 
     Attributes:
         raw: the intervention as given.
@@ -97,6 +99,13 @@ class Dial:
                 raise _invalid("mode cap has no strength to calibrate", "interventions[0].mode")
             if spec.strength == 0:
                 raise _invalid("0 has no sign to keep; give the strength to start from", "interventions[0].strength")
+            return cls(raw, spec.strength)
+        if isinstance(spec, Suppress):
+            if spec.chosen not in CALIBRATED_METHODS:
+                message = f"{spec.chosen} has no strength to calibrate; {' and '.join(CALIBRATED_METHODS)} have"
+                raise _invalid(message, "interventions[0].method")
+            if spec.strength == 0:
+                raise _invalid("0 is no strength to start from", "interventions[0].strength")
             return cls(raw, spec.strength)
         values = [edit.value for edit in spec.features if edit.op in CALIBRATED_OPS and edit.value]
         if not values:

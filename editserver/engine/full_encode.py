@@ -84,14 +84,19 @@ class Composed:
         members = np.zeros((n if table.n_members else 0, table.n_members), np.float32)
         return cls(members, np.zeros((n_joint, d_model), np.float32), np.zeros(n_joint, np.uint64))
 
-    def demands(self, table: LayerTable, plan: Plan, dictionaries: Dictionaries, h: torch.Tensor) -> list[Demand]:
-        """What ``table``'s programs need to know of ``h [n, d]`` before the kernel runs; taking it fills this object."""
+    def demands(
+        self, table: LayerTable, plan: Plan, dictionaries: Dictionaries, h: torch.Tensor, bank_read: Array
+    ) -> list[Demand]:
+        """What ``table``'s programs need to know of ``h [n, d]`` before the kernel runs; taking it fills this object.
+
+        ``bank_read`` are the bank's read rows, where gain tables lie.
+        """
         found: list[Demand] = []
         for segment in plan.segments:
             for use in table.uses.get(segment.index, ()):
                 tokens = np.flatnonzero(plan.selected[segment.tokens] & use.selectors) + segment.tokens.start
                 if use.joint:
-                    take = self._joint_taker(use, tokens, table, plan, dictionaries, h)
+                    take = self._joint_taker(use, tokens, table, plan, dictionaries, h, bank_read)
                 else:
                     take = self._member_taker(use, tokens)
                 found.append(Demand(use.digest, tokens, take))
@@ -106,7 +111,14 @@ class Composed:
         return take
 
     def _joint_taker(
-        self, use: Use, tokens: Array, table: LayerTable, plan: Plan, dictionaries: Dictionaries, h: torch.Tensor
+        self,
+        use: Use,
+        tokens: Array,
+        table: LayerTable,
+        plan: Plan,
+        dictionaries: Dictionaries,
+        h: torch.Tensor,
+        bank_read: Array,
     ) -> Take:
         def take(here: slice, z: torch.Tensor) -> None:
             stretch, edited = tokens[here], z.clone()
@@ -117,10 +129,13 @@ class Composed:
                 use.features,
                 use.targets,
                 table.ops,
+                table.kind,
                 table.values,
+                table.table,
                 table.active,
                 table.selector,
                 table.intervention,
+                bank_read,
                 edited.numpy(),
                 self.joint_fired,
                 touched,
@@ -136,7 +151,8 @@ def warm_up_joint() -> None:
     """Compile what the first JOINT channel would otherwise wait for."""
     none, ints = np.zeros(0, np.int64), np.zeros(0, np.int8)
     bits, flags = np.zeros(0, np.uint64), np.zeros(0, np.bool_)
-    values, z = np.zeros((0, 4), np.float32), np.zeros((0, 1), np.float32)
+    slots, values, z = np.zeros(0, np.int32), np.zeros((0, 5), np.float32), np.zeros((0, 1), np.float32)
+    pointer, bank = np.zeros(1, np.int32), np.zeros((1, 1), np.float32)
     compose_joint(
-        none, bits, none, none, np.zeros(1, np.int32), values, flags, ints, ints, z, bits.copy(), flags.copy()
+        none, bits, none, none, pointer, ints, values, slots, flags, ints, ints, bank, z, bits.copy(), flags.copy()
     )

@@ -4,7 +4,7 @@ Semantics (``interventions.program`` has the definitions), as a plain loop over 
 
     for token t, for channel c of t's program at this layer, in order:
         a = read_c(h[t]);  x = a
-        for op in ops(c), in order: if selected(op, t) and (a != 0 or not op.only_if_active): x = clip(alpha*x + beta, lo, hi)
+        for op in ops(c), in order: if selected(op, t) and (a != 0 or not op.only_if_active): x = op(x)
         delta[t] += scale_c(t) * (x - a) * write_c
 
 Before it, :func:`compose_joint` edits the activations of SAEs whose decoder is not additive; their delta comes as a whole.
@@ -24,11 +24,13 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from interventions.program import ReadKind
+from interventions.program import TABLE_HEADER, OpKind, ReadKind
 
 F32 = npt.NDArray[np.float32]
 
 NONE, NORM, DOT, LATENT, MEMBER, JOINT = (int(k) for k in ReadKind)
+AFFINE, RANGE, GAIN = (int(k) for k in OpKind)
+POSTERIORS = TABLE_HEADER
 PLAIN_INPUT, NORM_RESCALE, LAYER_NORM, UNIT_NORM, CENTRE = range(5)
 """How an SAE normalises its input, per token."""
 INPUT_NORMS = {
@@ -90,15 +92,31 @@ def _normalise(h: F32, kind: int, out: F32) -> np.float32:
 
 
 @_jit
+def _gain(x: np.float32, strength: np.float32, table: F32) -> np.float32:
+    """x·(1 − strength·P_b) with the row ``[low, 1/width, nb, P_0 …]``; values outside its range are in an outer bin."""
+    place = (x - table[0]) * table[1]  # as a float first: far outside it is no integer
+    b = POSTERIORS
+    if place >= table[2]:
+        b += int(table[2]) - 1
+    elif place > 0:
+        b += int(place)
+    value: np.float32 = x * (np.float32(1.0) - strength * table[b])
+    return value
+
+
+@_jit
 def _compose(
     a: np.float32,
     bits: np.uint64,
     first: int,
     last: int,
+    op_kind: npt.NDArray[np.int8],
     op_values: F32,
+    op_table: npt.NDArray[np.int32],
     op_active: npt.NDArray[np.bool_],
     op_selector: npt.NDArray[np.int8],
     op_intervention: npt.NDArray[np.int8],
+    bank_read: F32,
 ) -> tuple[np.float32, np.uint64]:
     """The ops ``first … last`` on ``a``, in order, as far as ``bits`` selects them: x, and bits of who changed it."""
     x = a
@@ -108,7 +126,13 @@ def _compose(
             continue
         if op_active[o] and a == 0:
             continue
-        new = min(max(op_values[o, 0] * x + op_values[o, 1], op_values[o, 2]), op_values[o, 3])
+        new = x
+        if op_kind[o] == AFFINE:
+            new = min(max(op_values[o, 0] * x + op_values[o, 1], op_values[o, 2]), op_values[o, 3])
+        elif op_kind[o] == GAIN:
+            new = _gain(x, op_values[o, 4], bank_read[op_table[o]])
+        elif x > 0 and op_values[o, 2] <= x <= op_values[o, 3]:
+            new = np.float32(0.0)
         if new != x:
             changed |= np.uint64(1) << np.uint64(op_intervention[o])
         x = new
@@ -122,10 +146,13 @@ def compose_joint(
     features: npt.NDArray[np.int64],
     channels: npt.NDArray[np.int64],
     channel_ops: npt.NDArray[np.int32],
+    op_kind: npt.NDArray[np.int8],
     op_values: F32,
+    op_table: npt.NDArray[np.int32],
     op_active: npt.NDArray[np.bool_],
     op_selector: npt.NDArray[np.int8],
     op_intervention: npt.NDArray[np.int8],
+    bank_read: F32,
     z: F32,
     fired: npt.NDArray[np.uint64],
     touched: npt.NDArray[np.bool_],
@@ -150,10 +177,13 @@ def compose_joint(
                 token_selected[t],
                 channel_ops[c],
                 channel_ops[c + 1],
+                op_kind,
                 op_values,
+                op_table,
                 op_active,
                 op_selector,
                 op_intervention,
+                bank_read,
             )
             if x != a:
                 z[r, features[j]] = x
@@ -175,7 +205,9 @@ def edit_tokens(
     channel_norm: npt.NDArray[np.int8],
     channel_member: npt.NDArray[np.int32],
     channel_ops: npt.NDArray[np.int32],
+    op_kind: npt.NDArray[np.int8],
     op_values: F32,
+    op_table: npt.NDArray[np.int32],
     op_active: npt.NDArray[np.bool_],
     op_selector: npt.NDArray[np.int8],
     op_intervention: npt.NDArray[np.int8],
@@ -200,7 +232,8 @@ def edit_tokens(
         joint, joint_fired: what the JOINT channels do to each token ``[n, d]``, and who did it ``[n]`` (0: nothing is
             there to read); both empty when no program has any.
         program_channels: CSR ``[programs + 1]`` into the channel arrays ``[channels]``.
-        channel_ops: CSR ``[channels + 1]`` into the op arrays ``[ops]``; ``op_values`` is (alpha, beta, lo, hi).
+        channel_ops: CSR ``[channels + 1]`` into the op arrays ``[ops]``; ``op_values`` is (alpha, beta, lo, hi, strength),
+            ``op_table`` the bank slot of a gain table (-1 for other ops).
         program_dose, program_refuses: bound on ||delta||/||h||, and whether exceeding it is an error.
         bank_read, bank_write, bank_gate: ``[slots, d]``, ``[slots, d]``, ``[slots, 4]``.
         delta, fired, dose, flags, written: outputs, ``[n, d]`` and ``[n]``; fully overwritten.
@@ -266,10 +299,13 @@ def edit_tokens(
                 token_selected[t],
                 channel_ops[c],
                 channel_ops[c + 1],
+                op_kind,
                 op_values,
+                op_table,
                 op_active,
                 op_selector,
                 op_intervention,
+                bank_read,
             )
             coefficient = scale * (x - a)
             if coefficient == 0:

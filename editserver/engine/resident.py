@@ -82,7 +82,9 @@ class LayerTable:
     norm: Array
     member: Array
     ops: Array
+    kind: Array
     values: Array
+    table: Array
     active: Array
     selector: Array
     intervention: Array
@@ -95,8 +97,8 @@ class LayerTable:
     def build(cls, residents: Sequence[Resident], layer: int, dictionaries: Dictionaries) -> LayerTable | None:
         """The table of ``layer``, or None when no resident program touches it."""
         programs, read, slot, norm, member, op_ptr = [0], [], [], [], [], [0]
-        values: list[tuple[float, float, float, float]] = []
-        active, selector, intervention = [], [], []
+        values: list[tuple[float, float, float, float, float]] = []
+        kinds, tables, active, selector, intervention = [], [], [], [], []
         uses: dict[int, list[Use]] = {}
         n_members = 0
         for index, resident in enumerate(residents):
@@ -120,7 +122,9 @@ class LayerTable:
                 norm.append(kind)
                 member.append(column)
                 for op in channel.ops:
-                    values.append((op.alpha, op.beta, op.lo, op.hi))
+                    kinds.append(int(op.kind))
+                    values.append((op.alpha, op.beta, op.lo, op.hi, op.strength))
+                    tables.append(resident.slots[op.table] if op.table else -1)
                     active.append(op.only_if_active)
                     selector.append(op.selector)
                     intervention.append(op.intervention)
@@ -138,7 +142,9 @@ class LayerTable:
             np.array(norm, np.int8),
             np.array(member, np.int32),
             np.array(op_ptr, np.int32),
-            np.array(values, np.float32).reshape(-1, 4),
+            np.array(kinds, np.int8),
+            np.array(values, np.float32).reshape(-1, 5),
+            np.array(tables, np.int32),
             np.array(active, np.bool_),
             np.array(selector, np.int8),
             np.array(intervention, np.int8),

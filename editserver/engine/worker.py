@@ -149,7 +149,7 @@ class EngineWorker:
             edited = h
         else:
             composed = Composed.empty(plan.n, self.d_model, table)
-            demands += composed.demands(table, plan, self.dictionaries, h)
+            demands += composed.demands(table, plan, self.dictionaries, h, self.bank.read.numpy())
             serve(demands, self.dictionaries, h)
             edited = self._edit(layer, table, composed, h, at, hidden, residual)
         serve(self._read([(i, n, read) for i, n, read in reads if read.after], edited), self.dictionaries, edited)
@@ -181,7 +181,9 @@ class EngineWorker:
             table.norm,
             table.member,
             table.ops,
+            table.kind,
             table.values,
+            table.table,
             table.active,
             table.selector,
             table.intervention,

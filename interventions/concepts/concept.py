@@ -43,7 +43,7 @@ MAX_NOTES_BYTES = 64 * 1024
 
 _FORMAT = 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_TENSORS: dict[str, tuple[torch.dtype, str]] = {
+TENSORS: dict[str, tuple[torch.dtype, str]] = {
     "features": (torch.int64, "n"),
     "edges": (torch.float32, "n 2"),
     "posterior": (torch.float32, "n bins"),
@@ -56,7 +56,7 @@ _TENSORS: dict[str, tuple[torch.dtype, str]] = {
     "priors": (torch.float32, "k"),
 }
 """Name → dtype and shape; n latents, k classes."""
-_FACTS = ("sae_digest", "layer", "model", "target", "classes", "background", "by", "max_rate", "dense", "fitted_on")
+FACTS = ("sae_digest", "layer", "model", "target", "classes", "background", "by", "max_rate", "dense", "fitted_on")
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ class Concept:
         sha = hashlib.sha256(b"editserver-concept/1")
         facts = _canonical(self._facts()).encode()
         sha.update(f"{len(facts)}:".encode() + facts)
-        for name in sorted(_TENSORS):
+        for name in sorted(TENSORS):
             tensor = getattr(self, name)
             values = _little_endian(tensor)
             sha.update(f"{name}:{list(tensor.shape)}:{len(values)}:".encode() + values)
@@ -170,7 +170,7 @@ class Concept:
 
     def to_bytes(self) -> bytes:
         """The safetensors file. Equal concepts give equal bytes."""
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
         written: bytes = save_tensors(tensors, {"concept": _canonical(self._facts())})
         return written
 
@@ -192,7 +192,7 @@ class Concept:
             _fail(None, f"not a concept file: {reason}")
         if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
             _fail("format", f"expected a concept of format {_FORMAT}")
-        for kind, known, given in (("field", _FACTS, facts), ("tensor", tuple(_TENSORS), tensors)):
+        for kind, known, given in (("field", FACTS, facts), ("tensor", tuple(TENSORS), tensors)):
             for name in known:
                 if name not in given:
                     _fail(name, f"missing {kind}")
@@ -205,7 +205,7 @@ class Concept:
         return cls(**fields)
 
     def _facts(self) -> dict[str, Any]:
-        return {"format": _FORMAT} | {name: getattr(self, name) for name in _FACTS}
+        return {"format": _FORMAT} | {name: getattr(self, name) for name in FACTS}
 
 
 def build_concept(
@@ -323,7 +323,7 @@ def _check_tensors(concept: Concept) -> None:
             _fail(name, f"expected {ndim} dimensions, got shape {list(getattr(concept, name).shape)}")
     n, bins, k = len(concept.features), concept.posterior.shape[1], len(concept.classes)
     extents = {"n": n, "bins": bins, "k": k, "2": 2}
-    for name, (dtype, dims) in _TENSORS.items():
+    for name, (dtype, dims) in TENSORS.items():
         tensor = getattr(concept, name)
         shape = [extents[dim] for dim in dims.split()]
         if tensor.dtype is not dtype or list(tensor.shape) != shape:

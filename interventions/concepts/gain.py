@@ -2,13 +2,14 @@
 
 ::
 
-    a' = x·(1 − λ·w(a))           x = a, or the value that earlier edits of the same latent left
-    mask, attenuate:  w(a) = 1
-    range:            w(a) = 1 where μ − τσ ≤ a ≤ μ + τσ, else 0
-    APP:              w(a) = P(concept | a)
+    a' = x·(1 − λ·w(x))           x = a, or the value that earlier edits of the same latent left
+    mask, attenuate:  w(x) = 1
+    range:            w(x) = 1 where x > 0 and μ − τσ ≤ x ≤ μ + τσ, else 0
+    APP:              w(x) = P(concept | x)
 
-λ is the strength of the request; at λ = 1 mask and range give zero. Nothing is clipped: with λ·w > 1 a latent goes below zero.
-λ = 0 returns x bit for bit, and a latent at zero stays there.
+λ is the strength; at λ = 1 mask and range give zero, and that is how requests serve those two whatever their strength
+(:mod:`interventions.suppression`). Nothing is clipped: with λ·w > 1 a latent goes below zero. λ = 0 returns x bit for bit,
+and a latent at zero stays there.
 
 Masks and ranges are those of NeuronLens (μ and σ of the concept's class, ddof 0, τ = 2 by default), here over positive values
 only. "Attenuation via posterior probabilities" is reconstructed from its name and abstract (Fereidouni et al., arXiv
@@ -40,17 +41,16 @@ class Transfer(Protocol):
         ...
 
 
-def apply(transfer: Transfer, a: Tensor, strength: float = 1.0, current: Tensor | None = None) -> Tensor:
-    """a' = x·(1 − strength·w(a)), float32.
+def apply(transfer: Transfer, x: Tensor, strength: float = 1.0) -> Tensor:
+    """x·(1 − strength·w(x)), float32.
 
     Args:
-        a: activations of the unedited residual stream, ``[…, n]``.
+        x: current values ``[…, n]``: activations, or what earlier edits made of them. The weight is looked up at x, so that
+            edits of one latent compose as functions, in order.
         strength: λ.
-        current: x where earlier edits changed it; ``a`` itself if None. The weight is evidence about what the model computed,
-            so it is always looked up at ``a``: two suppressions of one latent commute.
     """
-    x = (a if current is None else current).float()
-    return x * (1.0 - strength * transfer.weight(a))
+    x = x.float()
+    return x * (1.0 - strength * transfer.weight(x))
 
 
 def delta(before: Tensor, after: Tensor, decoder: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Whole:
 
 @dataclass(frozen=True, eq=False)
 class Range:
-    """Range mask: w = 1 on [μ − τσ, μ + τσ], ends included.
+    """Range mask: w = 1 on the positive part of [μ − τσ, μ + τσ], ends included.
 
     Attributes:
         mean, std: float ``[n]``, σ ≥ 0.
@@ -102,7 +102,8 @@ class Range:
     def weight(self, a: Tensor) -> Tensor:
         """1 inside, 0 outside."""
         low, high = self.bounds
-        return ((a.float() >= low) & (a.float() <= high)).float()
+        x = a.float()
+        return ((x > 0) & (x >= low) & (x <= high)).float()
 
 
 @dataclass(frozen=True, eq=False)

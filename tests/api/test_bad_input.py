@@ -33,7 +33,7 @@ INTERVENTIONS: list[tuple[Any, str, str]] = [
     ([1], "invalid_intervention", "interventions[0]"),
     ([{}], "invalid_intervention", "interventions[0].type"),
     ([{"type": "stear"}], "invalid_intervention", "interventions[0].type"),
-    ([{"type": "suppress", "concept": "sports"}], "invalid_intervention", "interventions[0].type"),
+    ([{"type": "remap", "map": "paris"}], "invalid_intervention", "interventions[0].type"),
     ([{"type": "remap", "map": "m"}], "invalid_intervention", "interventions[0].type"),
     ([{"type": "rules", "ruleset": "safety"}], "invalid_intervention", "interventions[0].type"),
     ([STEER | {"when": "feature(x, 1) > 3"}], "invalid_intervention", "interventions[0].when"),

@@ -104,6 +104,20 @@ def test_the_example_of_the_contract_is_reproduced_exactly() -> None:
             },
         ),
         (
+            Suppress(InlineConcept(SAE, [1, 2], mu=0.5, sigma=1), method="range", tau=1.5, tokens="prompt"),
+            {
+                "type": "suppress",
+                "tokens": "prompt",
+                "concept": {"sae": SAE, "features": [1, 2], "mu": 0.5, "sigma": 1},
+                "method": "range",
+                "tau": 1.5,
+            },
+        ),
+        (
+            Suppress("sports", strength=1.5),
+            {"type": "suppress", "concept": "sports", "strength": 1.5},
+        ),
+        (
             Rules(propositions={"p": "feature(a/b, 1) > 2"}, rules=["p -> q"], actions={"q": {"type": "block"}}),
             {
                 "type": "rules",
@@ -178,7 +192,13 @@ def test_selectors_take_the_form_of_the_contract(selector: Any, expected: Any) -
         (lambda: ClampFeature(1, min=3, max=2), "above max"),
         (lambda: Suppress("c", strength=-0.1), "greater than or equal to 0"),
         (lambda: Suppress(InlineConcept(SAE, [1]), method="range"), "needs its mu and sigma"),
+        (lambda: Suppress(InlineConcept(SAE, [1], mu=1.0), method="range"), "needs its mu and sigma"),
+        (lambda: Suppress(InlineConcept(SAE, [1]), method="app"), "only a fitted one"),
+        (lambda: Suppress("c", tau=1.0), "tau belongs to method range"),
+        (lambda: Suppress("c", method="range", tau=-1.0), "greater than or equal to 0"),
         (lambda: InlineConcept(SAE, [1, 2], mu=[1]), "1 entries for 2 features"),
+        (lambda: InlineConcept(SAE, [1, 2], sigma=[1, -1]), "not below 0"),
+        (lambda: InlineConcept(SAE, [1], sigma=-2), "not below 0"),
         (lambda: Rules(), "either ruleset"),
         (lambda: Rules("safety", rules=[]), "either ruleset"),
         (lambda: Inspect(SAE, features=[2, 2]), "feature 2 occurs twice"),

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from interventions.concepts.concept import Concept
 from interventions.concepts.density import SMOOTHING, Densities, HistogramStream
 from interventions.concepts.moments import Moments, MomentStream
+from sae_weights.sae import SAE
 
 CLASSES = ("sports", "world", "background")
 
@@ -55,3 +57,43 @@ def gaussian_pair(tokens: int = 20_000) -> tuple[Tensor, Tensor]:
     other = 3 + torch.randn(tokens, generator=generator(1))
     target = 6 + torch.randn(tokens, generator=generator(2))
     return other[other > 0], target[target > 0]
+
+
+def made_concept(
+    sae: SAE,
+    layer: int,
+    *,
+    latents: Sequence[int] = (1, 3, 4, 7, 12, 20),
+    n_bins: int = 20,
+    width: float = 3.0,
+    seed: int = 0,
+    model: str = "m",
+) -> Concept:
+    """A concept of these latents (ascending) with random posteriors on about [0, width], and μ ± 2σ inside that."""
+    rng = generator(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=rng)
+
+    n = len(latents)
+    low = 0.1 * width * uniform(n)
+    return Concept(
+        sae_digest=sae.digest,
+        layer=layer,
+        model=model,
+        target="sports",
+        classes=CLASSES,
+        background="background",
+        features=torch.tensor(list(latents)),
+        edges=torch.stack([low, low + width * (0.5 + uniform(n))], dim=1),
+        posterior=uniform(n, n_bins),
+        separability=uniform(n),
+        scores=uniform(n),
+        tokens=torch.tensor([100, 100, 100]),
+        firing=torch.randint(1, 100, (3, n), generator=rng),
+        mean=width * (0.2 + 0.3 * uniform(3, n)),
+        std=width * 0.1 * uniform(3, n),
+        priors=torch.full((3,), 1 / 3),
+        by="difference",
+        max_rate=0.1,
+    )

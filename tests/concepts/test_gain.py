@@ -154,12 +154,18 @@ def test_range_is_zero_inside_and_untouched_outside() -> None:
     assert apply(mask, a)[:, 0].tolist() == [a[0, 0].item(), 0.0, 0.0, 0.0, a[4, 0].item()]
 
 
-def test_earlier_edits_are_scaled_while_the_evidence_stays_the_original() -> None:
+def test_suppressions_of_one_latent_compose_as_functions_of_its_current_value() -> None:
     a, one, two = activations(6), random_table(6), random_table(7)
-    first = apply(two, a, 0.7, current=apply(one, a, 1.3))
-    second = apply(one, a, 1.3, current=apply(two, a, 0.7))
-    torch.testing.assert_close(first, second)
-    torch.testing.assert_close(first, a * (1 - 1.3 * one.weight(a)) * (1 - 0.7 * two.weight(a)))
+    left = apply(one, a, 1.3)
+    both = apply(two, left, 0.7)
+    torch.testing.assert_close(both, left * (1 - 0.7 * two.weight(left)))
+    assert not torch.allclose(both, left * (1 - 0.7 * two.weight(a)))
+
+
+def test_a_range_masks_positive_values_only() -> None:
+    wide = Range(torch.tensor([1.0]), torch.tensor([4.0]), 1.0)
+    x = torch.tensor([[-2.0], [0.0], [3.0], [5.0], [5.5]])
+    assert apply(wide, x)[:, 0].tolist() == [-2.0, 0.0, 0.0, 0.0, 5.5]
 
 
 @settings(max_examples=40, deadline=None)

@@ -30,6 +30,12 @@ class Lab(Protocol):
     def random(self, seed: int) -> list[float]:
         """A random vector of norm 1."""
 
+    def moments(self, sae: str, latents: Sequence[int]) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the latents' positive activations past position 0."""
+
+    def concept(self, sae: str, n: int, seed: int = 0) -> str:
+        """Name of a library concept of the ``n`` most active latents, its tables over their own range."""
+
 
 @dataclass(frozen=True)
 class Case:

@@ -20,12 +20,25 @@ from hypothesis import strategies as st
 
 from editserver.engine.config import EngineConfig, SAESource
 from editserver.engine.journal import Journal
+from editserver.engine.kernel_cpu import _compose as kernel_compose
 from editserver.engine.rows import Dictionaries
 from editserver.engine.wire import StepRecord
 from editserver.engine.worker import EngineWorker
 from interventions.limits import MAX_INTERVENTIONS
-from interventions.oracle import LayerResult, edit_layer, read_latents, row_source, select
-from interventions.program import Channel, LayerProgram, Op, Payload, Program, Read, ReadKind, feature_key, vector_key
+from interventions.oracle import LayerResult, Row, compose, edit_layer, read_latents, row_source, select
+from interventions.program import (
+    TABLE_HEADER,
+    Channel,
+    LayerProgram,
+    Op,
+    OpKind,
+    Payload,
+    Program,
+    Read,
+    ReadKind,
+    feature_key,
+    vector_key,
+)
 from interventions.selectors import (
     ALL,
     END,
@@ -180,6 +193,26 @@ def random_op(random: np.random.Generator, n_selectors: int) -> Op:
     )
 
 
+def random_table(random: np.random.Generator) -> bytes:
+    """A gain table over about the range of the activations."""
+    low, width, bins = random.uniform(-1, 2), random.uniform(0.1, 2.0), int(random.integers(1, D - TABLE_HEADER + 1))
+    row = np.zeros(D, "<f4")
+    row[:TABLE_HEADER] = low, 1 / width, bins
+    row[TABLE_HEADER : TABLE_HEADER + bins] = random.random(bins)
+    return row.tobytes()
+
+
+def random_concept_op(random: np.random.Generator, op: Op) -> tuple[Op, dict[str, bytes]]:
+    """``op`` as a range mask or a gain, and the table that it brings."""
+    fields = {"alpha": 1.0, "beta": 0.0, "lo": -math.inf, "hi": math.inf}
+    if random.integers(2):
+        lo, hi = sorted(np.float32(random.uniform(-2, 8, 2)).tolist())
+        return msgspec.structs.replace(op, **fields | {"kind": OpKind.RANGE, "lo": lo, "hi": hi}), {}
+    row = random_table(random)
+    gain = {"kind": OpKind.GAIN, "strength": float(np.float32(random.uniform(0, 3))), "table": vector_key(row)}
+    return msgspec.structs.replace(op, **fields | gain), {vector_key(row): row}
+
+
 def random_program(random: np.random.Generator, prompt_len: int) -> Program:
     selectors = tuple(random_selector(random, prompt_len) for _ in range(random.integers(1, 4)))
     channels: dict[tuple[ReadKind, str], Channel] = {}
@@ -197,6 +230,9 @@ def random_program(random: np.random.Generator, prompt_len: int) -> Program:
             names = [n for n, s in dictionaries()[1].items() if (s.row_separable, s.additive) == wanted]
             sae = dictionaries()[1][names[random.integers(len(names))]]
             key = feature_key(sae.digest, int(random.integers(N_FEATURES)))
+            mixed = [random_concept_op(random, op) if random.integers(2) else (op, {}) for op in ops]
+            ops = tuple(op for op, _ in mixed)
+            vectors |= {k: row for _, tables in mixed for k, row in tables.items()}
         if kind is ReadKind.NORM:  # in units of ‖h‖
             ops = tuple(msgspec.structs.replace(o, beta=o.beta / 16, lo=o.lo / 16, hi=o.hi / 16) for o in ops)
         channels[kind, key] = Channel(kind, key, ops)
@@ -244,6 +280,32 @@ def expected(part: Part, h: torch.Tensor) -> LayerResult:
     )
 
 
+def stepped(part: Part, channel: Channel, a: torch.Tensor) -> torch.Tensor:
+    """Tokens on which some op of the channel sees a value next to a step: an end of its range, an edge of its table's bins."""
+    assert part.payload is not None
+    program = part.payload.program
+    assert program is not None
+    selected = select(program.selectors, part.positions, part.ids, part.prompt_len)
+    close, x = torch.zeros(len(a), dtype=torch.bool), a
+    for i, op in enumerate(channel.ops):
+        near = torch.zeros(len(a), dtype=torch.bool)
+        if op.kind is OpKind.RANGE:
+            ends = torch.tensor([0.0, op.lo, op.hi])
+            near = ((x[:, None] - ends).abs() < 1e-3).any(dim=1) & (x != 0)
+        elif op.kind is OpKind.GAIN:
+            row = np.frombuffer(program.vectors[op.table], "<f4")
+            place = (x - float(row[0])) * float(row[1])
+            near = (place - place.round()).abs() < 1e-3 * (1 + float(row[1]))
+        close |= near & selected[op.selector] & (x != 0)
+        x = values_after(a, Channel(channel.read, channel.row, channel.ops[: i + 1]), selected, program)
+    return close
+
+
+def values_after(a: torch.Tensor, channel: Channel, selected: torch.Tensor, program: Program) -> torch.Tensor:
+    """The channel's ops on ``a [n]``, by the oracle."""
+    return compose(a, channel, selected, row_source(program.vectors, by_digest()))[0]
+
+
 def borderline(part: Part, h: torch.Tensor) -> torch.Tensor:
     """Tokens for which a last-bit difference may decide: a gate within 1e-3 of opening, a dose at its bound."""
     assert part.payload is not None
@@ -255,6 +317,7 @@ def borderline(part: Part, h: torch.Tensor) -> torch.Tensor:
             continue
         _, digest, index = channel.row.split(":")
         sae = by_digest()[digest]
+        close |= stepped(part, channel, sae.encode(h.float())[:, int(index)])
         if not sae.row_separable:  # whoever is on when h is a little different, is on
             on = sae.encode(h.float()) != 0
             noise = torch.Generator().manual_seed(0)
@@ -310,6 +373,31 @@ def test_the_kernel_computes_what_the_oracle_says(seed: int, dtype: torch.dtype,
         size = h.float().norm(dim=-1, keepdim=True) + want.delta.norm(dim=-1, keepdim=True)
         error = (after[here].float() - want.apply(h).float()).abs() / size
         assert not (error[sure] > (1e-5 if dtype is torch.float32 else 2**-8)).any()
+
+
+@pytest.mark.parametrize("kind", OpKind)
+def test_each_transfer_maps_every_value_as_the_oracle_does(kind: OpKind) -> None:
+    random = np.random.default_rng(int(kind))
+    bank = np.frombuffer(random_table(random), np.float32).reshape(1, D).copy()
+    low, inverse, bins = bank[0, 0], bank[0, 1], int(bank[0, 2])
+    edges = low + np.arange(bins + 1, dtype=np.float32) / inverse
+    lo, hi = np.float32(1.25), np.float32(3.5)
+    values = [*edges, *np.nextafter(edges, np.float32(-9e9)), lo, hi, *np.linspace(-4, 12, 400), 0.0, -0.0, 1e30, -1e30]
+    x = torch.tensor(np.array(values, np.float32))
+    op = Op(-0.5, 2.0, -3.0, 4.0, False, 0, 0)
+    if kind is OpKind.RANGE:
+        op = Op(1.0, 0.0, float(lo), float(hi), False, 0, 0, kind)
+    if kind is OpKind.GAIN:
+        op = Op(1.0, 0.0, -math.inf, math.inf, False, 0, 0, kind, 1.7, "table")
+    row = torch.from_numpy(bank[0])
+    want, _ = compose(
+        x, Channel(ReadKind.LATENT, "", (op,)), torch.ones(1, len(x), dtype=torch.bool), lambda _: Row(row, row)
+    )
+    ops = np.array([kind], np.int8), np.array([[op.alpha, op.beta, op.lo, op.hi, op.strength]], np.float32)
+    none = np.zeros(1, np.int32), np.zeros(1, np.bool_), np.zeros(1, np.int8), np.zeros(1, np.int8)
+    got = [kernel_compose(a, np.uint64(1), 0, 1, *ops, *none, bank) for a in x.numpy()]
+    torch.testing.assert_close(torch.tensor([value for value, _ in got]), want, rtol=1e-6, atol=1e-6)
+    assert [bool(changed) for _, changed in got] == (want != x).tolist()
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,7 +7,7 @@ engine's own tokens: if every one of them is the reference's most likely token a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from editserver.library import ConceptLibrary
 from interventions.errors import InterventionError
 from interventions.reference import Forward, ReferenceExecutor
-from tests.engine.oracle_cases import CASES, Case
+from tests.concepts.samples import made_concept
+from tests.engine import oracle_cases, suppress_cases
+from tests.engine.oracle_cases import Case
 from tests.engine.support import Answer, Ask, Engine
 
+CASES = [*oracle_cases.CASES, *suppress_cases.CASES]
 TEXTS = (
     "The capital of France is Paris, and the river that runs through Paris is called the Seine. Tourists love",
     "Water boils at one hundred degrees, but on a high mountain it boils sooner because the air",
@@ -97,6 +101,45 @@ class MeasuredLab:
         v = torch.randn(self.catalogue.d_model, generator=torch.Generator().manual_seed(seed))
         return torch.nn.functional.normalize(v, dim=0).tolist()
 
+    def _positive(self, sae: str, latent: int) -> torch.Tensor:
+        values = torch.cat([a[1:, latent] for a in self._activations(sae)]).double()
+        return values[values > 0]
+
+    def moments(self, sae: str, latents: Sequence[int]) -> tuple[list[float], list[float]]:
+        values = [self._positive(sae, latent) for latent in latents]
+        mean = [float(v.mean()) if len(v) else 1.0 for v in values]
+        return mean, [float(v.std(correction=0)) if len(v) else 1.0 for v in values]
+
+    def concept(self, sae: str, n: int, seed: int = 0) -> str:
+        """Smooth tables; no activation of the prompts lies where the last bit decides between two bins."""
+        name = f"{sae.replace('/', '-')}-{n}-{seed}"
+        served, latents, bins = self.catalogue.sae(sae), sorted(self.often(sae, n)), 40
+        random = torch.Generator().manual_seed(seed)
+        mean, std = self.moments(sae, latents)
+        edges = torch.zeros(n, 2)
+        for i, latent in enumerate(latents):
+            values = self._positive(sae, latent)
+            top = float(values.max()) if len(values) else 1.0
+            for _ in range(1000):
+                low = 0.3 * top * float(torch.rand((), generator=random))
+                high = top * (0.7 + 0.2 * float(torch.rand((), generator=random)))
+                place = (values - low) * bins / (high - low)
+                if bool(((place - place.round()).abs() > 2e-3).all()):
+                    break
+            edges[i] = torch.tensor([low, high])
+        made = made_concept(served.sae, served.layer, latents=latents, n_bins=bins, seed=seed)
+        slope = torch.linspace(0.2, 1.0, bins).expand(n, -1)
+        posterior = torch.where(torch.arange(n)[:, None] % 3 == 0, slope.flip(1), slope).contiguous()
+        concept = replace(
+            made,
+            edges=edges,
+            posterior=posterior,
+            mean=torch.tensor(mean).expand(3, -1).contiguous(),
+            std=torch.tensor(std).expand(3, -1).contiguous(),
+        )
+        self.catalogue.concepts.put(name, concept)
+        return name
+
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
@@ -121,8 +164,11 @@ def _ask(case: Case, lab: MeasuredLab, prompts: list[list[int]]) -> Ask:
 
 
 @pytest.fixture(scope="module")
-def outcomes(engine: Engine, reference: ReferenceExecutor, prompts: list[list[int]]) -> dict[str, Outcome]:
+def outcomes(
+    engine: Engine, reference: ReferenceExecutor, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
     """Every case on the engine, by name; the engine's requests run together, those of one dose policy per call."""
+    engine.catalogue.concepts = ConceptLibrary(tmp_path_factory.mktemp("library"))
     lab = MeasuredLab(engine, reference, prompts)
     asks = {case.name: _ask(case, lab, prompts) for case in CASES}
     assert len(asks) == len(CASES)

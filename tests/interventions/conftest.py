@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from interventions.compile import Compiled, compile_request
+from interventions.concepts.concept import Concept
 from interventions.errors import InterventionError
 from interventions.limits import Limits
 from interventions.spec import parse_inspect, parse_interventions
 from sae_weights.sae import SAE, Hook
+from tests.concepts.samples import made_concept
 from tests.engine.dictionaries import WHOLE, random_sae
 
 D, N = 16, 40
@@ -78,6 +80,8 @@ class Server:
     refuse_over_dose: bool = False
     saes: dict[str, Offered] = field(default_factory=dict)
     vectors: dict[str, Mapping[int, Any]] = field(default_factory=dict)
+    concepts: dict[str, tuple[str, Concept]] = field(default_factory=dict)
+    """Name → the SAE that it was fitted on, and the concept."""
 
     def sae(self, name: str) -> Offered:
         if name not in self.saes:
@@ -88,6 +92,12 @@ class Server:
         if name not in self.vectors:
             raise InterventionError("unknown_vector", f"no vector {name!r}")
         return self.vectors[name]
+
+    def concept(self, name: str) -> tuple[Offered, Concept]:
+        if name not in self.concepts:
+            raise InterventionError("unknown_concept", f"no concept {name!r}")
+        sae, concept = self.concepts[name]
+        return self.saes[sae], concept
 
     def encode_text(self, text: str) -> list[int]:
         ids = []
@@ -127,7 +137,10 @@ def server(saes: dict[str, SAE]) -> Server:
         "narrow": {1: np.ones(D - 1, np.float32)},
         "broken": {1: np.full(D, np.nan, np.float32)},
     }
-    return Server(saes={name: Offered(name, 1, sae) for name, sae in saes.items()}, vectors=vectors)
+    concepts = {name: (name, made_concept(sae, 1, n_bins=9, seed=i)) for i, (name, sae) in enumerate(saes.items())}
+    concepts["fine"] = ("relu", made_concept(saes["relu"], 1, n_bins=D, seed=50))
+    concepts["full"] = ("relu", made_concept(saes["relu"], 1, n_bins=D - 3, seed=51))
+    return Server(saes={name: Offered(name, 1, sae) for name, sae in saes.items()}, vectors=vectors, concepts=concepts)
 
 
 @pytest.fixture

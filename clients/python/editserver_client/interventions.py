@@ -110,37 +110,56 @@ class EditFeatures(Common):
 
 @dataclass(frozen=True, config=STRICT)
 class InlineConcept(Wire):
-    """A concept given by its latents instead of a library name; `mu` and `sigma` (one each) are for method range."""
+    """A concept given by its latents instead of a library name.
+
+    `mu` and `sigma` are for method range: mean and standard deviation of the latents' positive activations, one each or
+    one number for all.
+    """
 
     sae: Name
     features: Annotated[Sequence[Index], Field(min_length=1)]
-    mu: Sequence[float] | None = Field(default=None, kw_only=True)
-    sigma: Sequence[float] | None = Field(default=None, kw_only=True)
+    mu: float | Sequence[float] | None = Field(default=None, kw_only=True)
+    sigma: float | Sequence[float] | None = Field(default=None, kw_only=True)
 
     @model_validator(mode="after")
     def _one_statistic_a_feature(self) -> InlineConcept:
         check_distinct(list(self.features), "feature")
         for name, statistic in (("mu", self.mu), ("sigma", self.sigma)):
-            if statistic is not None and len(statistic) != len(self.features):
+            if isinstance(statistic, Sequence) and len(statistic) != len(self.features):
                 raise ValueError(f"{name} has {len(statistic)} entries for {len(self.features)} features")
+        spread = self.sigma if isinstance(self.sigma, Sequence) else [self.sigma or 0]
+        if min(spread) < 0:
+            raise ValueError(f"sigma is a standard deviation, so it is not below 0; got {min(spread)}")
         return self
 
 
 @dataclass(frozen=True, config=STRICT)
 class Suppress(Common):
-    """Turn a concept down. app: a' = a·(1 − strength·P(concept | a)); attenuate: a·(1 − strength); mask: 0;
-    range: 0 within the concept's usual activations."""
+    """Turn a concept down. With x the current value of each of its latents and s = `strength` (1 unless given),
+
+        app         x·(1 − s·P(concept | x))      (default for a library concept, and only for one)
+        attenuate   x·(1 − s)
+        mask        0                             (default for latents given inline)
+        range       0 where x > 0 and μ − tau·σ ≤ x ≤ μ + tau·σ; tau is 2 unless given
+
+    Strength 0 changes nothing; above 1 a latent may go below zero; mask and range are the same at any strength above 0.
+    """
 
     concept: Name | InlineConcept
     method: Literal["app", "attenuate", "mask", "range"] | None = Field(default=None, kw_only=True)
     strength: Annotated[float, Field(ge=0)] | None = Field(default=None, kw_only=True)
+    tau: Annotated[float, Field(ge=0)] | None = Field(default=None, kw_only=True)
     type: Literal["suppress"] = Field(default="suppress", kw_only=True)
 
     @model_validator(mode="after")
-    def _inline_range_has_statistics(self) -> Suppress:
-        inline = self.concept if isinstance(self.concept, InlineConcept) else None
-        if inline and self.method == "range" and (inline.mu is None or inline.sigma is None):
-            raise ValueError("method range on an inline concept needs its mu and sigma")
+    def _method_has_what_it_needs(self) -> Suppress:
+        if self.tau is not None and self.method != "range":
+            raise ValueError("tau belongs to method range")
+        if isinstance(self.concept, InlineConcept):
+            if self.method == "app":
+                raise ValueError("method app needs a concept of the library: only a fitted one has its posterior")
+            if self.method == "range" and (self.concept.mu is None or self.concept.sigma is None):
+                raise ValueError("method range on an inline concept needs its mu and sigma")
         return self
 
 

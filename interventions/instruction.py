@@ -1,0 +1,176 @@
+"""One op of a program before selectors are numbered and equal rows meet in one channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from interventions.errors import InterventionError
+from interventions.program import Channel, LayerProgram, Op, OpKind, Program, ReadKind
+from interventions.selectors import Selector
+from interventions.spec import FeatureEdit
+
+_LARGEST_STATE = 1e6
+"""Activations and norms of the residual stream stay below this (attention sinks reach some 10,000)."""
+_LARGEST_DELTA = 1e18
+"""Its square is still far inside float32."""
+_LARGEST_LATENT, _LARGEST_EDITED_LATENT = 1e4, 1e6
+"""The same for latents whose decoder multiplies up to three of them: activations, and what an edit may make of them."""
+
+
+def rounded(value: float) -> float:
+    """To the nearest float32 (``inf`` beyond its range)."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value)) + 0.0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What :class:`~interventions.program.Op` says, with the selector itself, and the table's bytes beside its key."""
+
+    selector: Selector
+    intervention: int
+    alpha: float = 1.0
+    beta: float = 0.0
+    lo: float = -math.inf
+    hi: float = math.inf
+    only_if_active: bool = False
+    kind: OpKind = OpKind.AFFINE
+    strength: float = 0.0
+    table: str = ""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether no value is changed by it."""
+        if self.kind is OpKind.RANGE:
+            return self.hi <= 0.0 or self.lo > self.hi
+        if self.kind is OpKind.GAIN:
+            return self.strength == 0.0
+        return (self.alpha, self.beta, self.lo, self.hi) == (1.0, 0.0, -math.inf, math.inf)
+
+    def reach(self, size: float) -> float:
+        """The largest |x| after it, of values up to ``size``."""
+        if self.kind is OpKind.RANGE:
+            return size
+        if self.kind is OpKind.GAIN:
+            return size * max(1.0, self.strength - 1.0)
+        size = abs(self.alpha) * size + abs(self.beta)
+        return max(abs(min(max(x, self.lo), self.hi)) for x in (-size, size))
+
+    def op(self, selector: int) -> Op:
+        """The op whose selector has that number in its program."""
+        return Op(
+            self.alpha,
+            self.beta,
+            self.lo,
+            self.hi,
+            self.only_if_active,
+            selector,
+            self.intervention,
+            self.kind,
+            self.strength,
+            self.table,
+        )
+
+
+def latent_instruction(edit: FeatureEdit, selector: Selector, intervention: int) -> Instruction:
+    """One entry of an ``edit_features``."""
+    value = (edit.value if edit.value is not None else 0.0) + 0.0
+    plain = Instruction(selector, intervention, only_if_active=edit.only_if_active)
+    if edit.op == "set":
+        return replace(plain, alpha=0.0, beta=value)
+    if edit.op == "scale":
+        return replace(plain, alpha=value)
+    if edit.op == "add":
+        return replace(plain, beta=value)
+    if edit.op == "clamp":
+        low = -math.inf if edit.min is None else edit.min + 0.0
+        high = math.inf if edit.max is None else edit.max + 0.0
+        return replace(plain, lo=low, hi=high)
+    return replace(plain, alpha=0.0)
+
+
+@dataclass
+class Draft:
+    """The instructions of a request by layer, kind of read and row, and the vectors that they bring.
+
+    Attributes:
+        named: row keys of all instructions, no-ops included.
+        n_instructions: no-ops included.
+    """
+
+    channels: dict[tuple[int, ReadKind, str], list[Instruction]] = field(default_factory=dict)
+    vectors: dict[str, bytes] = field(default_factory=dict)
+    named: set[str] = field(default_factory=set)
+    n_instructions: int = 0
+
+    def add(
+        self,
+        layer: int,
+        kind: ReadKind,
+        key: str,
+        instruction: Instruction,
+        silent: bool = False,
+        vectors: Mapping[str, bytes] | None = None,
+    ) -> bool:
+        """Count the instruction; keep it, and the ``vectors`` that it names, unless it changes nothing."""
+        self.n_instructions += 1
+        self.named.update((key, *(vectors or ())))
+        selects = bool(instruction.selector.ranges or instruction.selector.token_ids)
+        if silent or instruction.is_identity or not selects:
+            return False
+        self.vectors.update(vectors or {})
+        self.channels.setdefault((layer, kind, key), []).append(instruction)
+        return True
+
+    def program(self, max_dose: float, refuse_over_dose: bool) -> Program | None:
+        """Everything that was kept, in canonical order; ``None`` if nothing was.
+
+        Raises:
+            InterventionError: ``invalid_intervention``: values beyond what float32 can carry.
+        """
+        if not self.channels:
+            return None
+        selectors = tuple(sorted({one.selector for kept in self.channels.values() for one in kept}))
+        number = {selector: i for i, selector in enumerate(selectors)}
+        layers: dict[int, list[Channel]] = {}
+        for (layer, kind, row), instructions in sorted(self.channels.items()):
+            self._check_reach(kind, row, instructions)
+            ops = [one.op(number[one.selector]) for one in instructions]
+            if kind in (ReadKind.NONE, ReadKind.NORM):  # constants only add up: their order means nothing
+                ops.sort(key=lambda op: (op.selector, op.beta, op.intervention))
+            layers.setdefault(layer, []).append(Channel(kind, row, tuple(ops)))
+        return Program(
+            layers=tuple(LayerProgram(layer, tuple(channels)) for layer, channels in layers.items()),
+            selectors=selectors,
+            vectors=dict(sorted(self.vectors.items())),
+            max_dose=rounded(max_dose),
+            refuse_over_dose=bool(refuse_over_dose) and math.isfinite(max_dose),
+        )
+
+    def _check_reach(self, kind: ReadKind, row: str, instructions: Sequence[Instruction]) -> None:
+        """Refuse a channel whose delta could leave what float32 can square, so that no norm overflows to infinity."""
+        factor, reach = 1.0, 0.0
+        if kind is ReadKind.NONE:
+            factor = norm(np.frombuffer(self.vectors[row], "<f4"))
+        elif kind is ReadKind.NORM:
+            factor = _LARGEST_STATE
+        elif kind is ReadKind.JOINT:
+            reach = _LARGEST_LATENT
+        else:
+            reach = _LARGEST_STATE
+        bound = _LARGEST_EDITED_LATENT if kind is ReadKind.JOINT else _LARGEST_DELTA
+        for one in instructions:
+            reach = one.reach(reach)
+            if reach * factor > bound:
+                message = f"the edit could be of size {reach * factor:.3g}, beyond what float32 arithmetic can carry"
+                param = f"interventions[{one.intervention}]"
+                raise InterventionError("invalid_intervention", f"{param}: {message}", param)
+
+
+def norm(row: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> float:
+    """Euclidean norm, correctly rounded, so that every machine derives the same unit vector."""
+    return math.sqrt(math.fsum((row.astype(np.float64) ** 2).tolist()))
