@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from editserver.api.body import read_json, validate
 from editserver.api.errors import not_found
-from editserver.api.passes import MAX_CONTRAST_TEXTS, Passes, Prompt, Text, render, run
+from editserver.api.evidence import Floats, Seen, norm_probe, ordinary_tokens, read_all, truncated_tokens
+from editserver.api.passes import MAX_CONTRAST_TEXTS, Passes, Text, render, run
 from editserver.api.state import EditState, editing
 from editserver.catalogue import ServedSAE
 from interventions.errors import InterventionError
@@ -24,13 +23,6 @@ router = APIRouter()
 
 SCORE_NAME = "difference_of_means"
 MAX_LIMIT = 1000
-OUTLIER = 10.0
-"""Tokens whose norm exceeds this multiple of the median are no evidence."""
-
-_PROBE = 1e-6
-"""Length of the edit whose dose tells a token's norm: far below what bfloat16 can add to a residual stream."""
-
-Floats = npt.NDArray[np.float64]
 Texts = Annotated[list[Text], Field(min_length=1)]
 
 
@@ -81,42 +73,6 @@ class ContrastAnswer(BaseModel):
     truncated_tokens: int = Field(description="Tokens with more active features than are reported; the smallest miss.")
 
 
-@dataclass(frozen=True)
-class Seen:
-    """The activations of one text: reading i is feature ``features[i]`` at token ``tokens[i]``, with ``values[i]``.
-
-    Attributes:
-        norms: ‖h‖ of each token, ``[n_tokens]``.
-        reported: how many non-zero features were reported at each token.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    features: npt.NDArray[np.int64]
-    values: Floats
-    norms: Floats
-    reported: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, passes: Passes, index: int, layer: int) -> Seen:
-        """Prompt ``index`` of a pass made by :func:`_measure`."""
-        choice = passes.choices[index]
-        journal, stop = choice.journal, choice.fed
-        assert journal is not None
-        readings = journal.readings(0, 1, stop)
-        reported = np.array([len(features) for _, features in readings], np.int64)
-        pairs = [pair for _, features in readings for pair in features]
-        # The receipt's totals up to each position; their differences are the doses ‖probe‖ / ‖h‖ of single tokens.
-        totals = [journal.stats(0, layer, position + 1) for position in range(stop)]
-        doses = np.diff([total.fired * total.dose_mean for total in totals])
-        return cls(
-            tokens=np.repeat(np.arange(len(readings)), reported),
-            features=np.array([feature for feature, _ in pairs], np.int64),
-            values=np.nan_to_num(np.array([value for _, value in pairs], np.float64)),
-            norms=_PROBE / np.maximum(doses, 1e-30),
-            reported=reported,
-        )
-
-
 @router.post(
     "/v1/saes/{sae_id:path}/contrast",
     openapi_extra={"requestBody": {"content": {"application/json": {"schema": ContrastBody.model_json_schema()}}}},
@@ -145,29 +101,13 @@ async def contrast(request: Request, sae_id: str) -> ContrastAnswer:
         if len(prompt.token_ids) < 2:
             message = f"{prompt.param}: has one token only; the first token is never evidence"
             raise InterventionError("invalid_inspection", message, prompt.param)
-    passes, top_k = await _measure(state, sae, prompts)
-    return await asyncio.to_thread(_compare, state, sae, body, passes, top_k)
+    passes = await run(state, prompts, [norm_probe(state, sae.layer)], read_all(state, sae))
+    return await asyncio.to_thread(_compare, state, sae, body, passes)
 
 
-async def _measure(state: EditState, sae: ServedSAE, prompts: Sequence[Prompt]) -> tuple[Passes, int]:
-    """All activations of all prompt tokens, and the number per token that can be reported at most.
-
-    The pass carries one edit at the SAE's layer, so short that it rounds away, because the dose of an edit tells the
-    token's norm; readings are of the unedited residual stream anyway.
-    """
-    top_k = min(state.catalogue.limits.top_k, sae.sae.n_features)
-    values = [1.0] + [0.0] * (state.catalogue.d_model - 1)
-    probe = {"type": "steer", "values": values, "layer": sae.layer, "strength": _PROBE, "tokens": "prompt"}
-    inspect = {"sae": sae.id, "tokens": "prompt", "top_k": top_k}
-    return await run(state, prompts, [probe], inspect), top_k
-
-
-def _compare(state: EditState, sae: ServedSAE, body: ContrastBody, passes: Passes, top_k: int) -> ContrastAnswer:
+def _compare(state: EditState, sae: ServedSAE, body: ContrastBody, passes: Passes) -> ContrastAnswer:
     texts = [Seen.of(passes, i, sae.layer) for i in range(len(passes.choices))]
-    median = sae.sae.metadata.get("median_norm")
-    if not isinstance(median, (int, float)) or not median > 0:
-        median = float(np.median(np.concatenate([text.norms for text in texts])))
-    ordinary = [text.norms <= OUTLIER * median for text in texts]
+    ordinary = ordinary_tokens(sae, texts)
     columns = np.unique(np.concatenate([text.features for text in texts]))
     pooled = np.zeros((len(texts), len(columns)))
     firing = np.zeros(len(columns))
@@ -175,16 +115,13 @@ def _compare(state: EditState, sae: ServedSAE, body: ContrastBody, passes: Passe
         pooled[i], counts = _pool(text, kept, columns, body.pool)
         firing += counts
     n_tokens = int(sum(kept.sum() for kept in ordinary))
-    # A TopK dictionary with k ≤ top_k reports k features everywhere, and these are all.
-    complete = top_k >= sae.sae.n_features or (sae.sae.k is not None and sae.sae.k <= top_k)
-    full = [(text.reported[kept] >= top_k).sum() for text, kept in zip(texts, ordinary, strict=True)]
     return ContrastAnswer(
         score_name=SCORE_NAME,
         pool=body.pool,
         data=_ranked(state, sae, body, columns, pooled, firing / max(1, n_tokens)),
         tokens=n_tokens,
         outlier_tokens=int(sum((~kept).sum() for kept in ordinary)),
-        truncated_tokens=0 if complete else int(sum(full)),
+        truncated_tokens=truncated_tokens(state, sae, texts, ordinary),
     )
 
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from editserver.api.evidence import OUTLIER, Seen
 from editserver.api.passes import MAX_CONTRAST_TEXTS
-from editserver.api.routes_contrast import OUTLIER, Seen, _pool
+from editserver.api.routes_contrast import _pool
 from editserver.cli.main import app
 from editserver_client import Client
 from interventions.fitting.separation import auroc
