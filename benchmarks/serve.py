@@ -5,6 +5,9 @@ both in turn (A B, B A, …), and the table gives the median over the rounds of 
 1.00 means that editing cost nothing. Edits are SAE feature edits that act on every token (`add`, a different set of
 latents for each request), so nothing is skipped; the editing engine's receipts are checked to say so.
 
+The concepts of the APP case have 50 latents each, no two requests the same ones, and since the dictionary's rows are
+random, about half of them are active on every token: far more than of a concept that was fitted.
+
 Cases with several loads run all of them in each round, so that they compare with each other as well: dictionaries of
 4,608 and of 65,536 latents under the same edits, and what a TopK dictionary costs, whose every latent is computed for
 every edited token.
@@ -29,18 +32,20 @@ LAYERS = (10, 15, 20)
 D_MODEL = 576
 WIDTHS = {"4k": 4608, "64k": 65_536, "topk": 4096}
 """Dictionaries: at every layer "4k" and "64k" (ReLU), "topk" (k = 64) at layer 15."""
-K, TOP_K = 64, 8
+K, TOP_K, N_BINS = 64, 8, 100
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the requests of a case ask for: ``n_latents`` edited at ``layers``, or an inspection with ``top_k``."""
+    """What the requests of a case ask for: ``n_latents`` edited at ``layers`` (by a gain table each with ``app``), or an
+    inspection with ``top_k``."""
 
     name: str
     n_latents: int
     dictionary: str = "4k"
     layers: tuple[int, ...] = LAYERS
     inspect: bool = False
+    app: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ CASES = {
             Load("8 latents of 65,536 on 3 layers", 8, "64k"),
         ),
     ),
+    "app": Case(16, 32, 64, (Load("16 requests, APP on a 50-latent concept each", 50, "4k", AT_15, app=True),)),
     "topk": Case(
         16,
         32,
@@ -94,11 +100,32 @@ CASES = {
 
 def payload_maker(sources: dict[str, SAESource]) -> Callable[[Load, int], bytes | None]:
     """``make(load, request)``: the payload of a request, which edits latents of its own at every layer of the load."""
-    from interventions.program import Channel, LayerProgram, Op, Payload, Program, Read, ReadKind, feature_key
+    import numpy as np
+
+    from interventions.program import (
+        Channel,
+        LayerProgram,
+        Op,
+        OpKind,
+        Payload,
+        Program,
+        Read,
+        ReadKind,
+        feature_key,
+        vector_key,
+    )
     from interventions.selectors import ALL
 
     inf = float("inf")
-    op = Op(1.0, 0.05, -inf, inf, False, 0, 0)
+    add = Op(1.0, 0.05, -inf, inf, False, 0, 0)
+
+    def gain(vectors: dict[str, bytes], seed: int) -> Op:
+        row = np.zeros(D_MODEL, "<f4")
+        row[:3] = 0.0, N_BINS / 20.0, N_BINS  # activations from 0 to 20
+        row[3 : 3 + N_BINS] = np.random.default_rng(seed).uniform(0.1, 0.9, N_BINS)
+        key = vector_key(row.tobytes())
+        vectors[key] = row.tobytes()
+        return Op(1.0, 0.0, -inf, inf, False, 0, 0, OpKind.GAIN, 1.0, key)
 
     def make(load: Load, request: int) -> bytes | None:
         digests = {layer: sources[f"{load.dictionary}/l{layer}"].digest for layer in load.layers}
@@ -109,21 +136,15 @@ def payload_maker(sources: dict[str, SAESource]) -> Callable[[Load, int], bytes 
             return None
         kind = ReadKind.MEMBER if load.dictionary == "topk" else ReadKind.LATENT
         width = WIDTHS[load.dictionary]
-        step = width // 512  # spread over the file, as features that people pick are
-        layers = tuple(
-            LayerProgram(
-                layer,
-                tuple(
-                    Channel(kind, key, (op,))
-                    for key in sorted(
-                        feature_key(digests[layer], (request * load.n_latents + i) * step % width)
-                        for i in range(load.n_latents)
-                    )
-                ),
-            )
-            for layer in load.layers
-        )
-        program = Program(layers, (ALL,), {})
+        step = 5 if load.app else width // 512  # spread over the file, as features that people pick are
+        first = request * load.n_latents
+        vectors: dict[str, bytes] = {}
+        layers = []
+        for layer in load.layers:
+            keys = sorted(feature_key(digests[layer], (first + i) * step % width) for i in range(load.n_latents))
+            ops = [gain(vectors, first + i) if load.app else add for i in range(load.n_latents)]
+            layers.append(LayerProgram(layer, tuple(Channel(kind, k, (op,)) for k, op in zip(keys, ops, strict=True))))
+        program = Program(tuple(layers), (ALL,), vectors)
         return Payload(program, (), program.digest()).to_bytes()
 
     return make

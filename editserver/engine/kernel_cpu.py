@@ -29,7 +29,7 @@ from interventions.program import TABLE_HEADER, OpKind, ReadKind
 F32 = npt.NDArray[np.float32]
 
 NONE, NORM, DOT, LATENT, MEMBER, JOINT = (int(k) for k in ReadKind)
-AFFINE, RANGE, GAIN = (int(k) for k in OpKind)
+AFFINE, RANGE, GAIN, REMAP = (int(k) for k in OpKind)
 POSTERIORS = TABLE_HEADER
 PLAIN_INPUT, NORM_RESCALE, LAYER_NORM, UNIT_NORM, CENTRE = range(5)
 """How an SAE normalises its input, per token."""
