@@ -14,6 +14,7 @@ Code = Literal[
     "unknown_concept",
     "unknown_map",
     "unknown_ruleset",
+    "unknown_job",
     "layer_not_armed",
     "wrong_dimension",
     "rule_syntax",

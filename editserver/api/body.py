@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -32,9 +32,18 @@ def validate(model: type[ModelT], raw: Any, code: Code) -> ModelT:
         # Branches of a union appear in the path by their type's name; they are no fields.
         places = [
             p
-            for p in first["loc"]
-            if isinstance(p, int) or p in model.model_fields or first["type"] == "extra_forbidden"
+            for i, p in enumerate(first["loc"])
+            if isinstance(p, int)
+            or p in model.model_fields
+            or first["type"] == "extra_forbidden"
+            or (i == 1 and _is_mapping(model, first["loc"][0]))
         ]
         param = join(str(places[0]), *places[1:]) if places else None
         message = first["msg"].removeprefix("Value error, ")
         raise InterventionError(code, printable(f"{param}: {message}" if param else message), param) from None
+
+
+def _is_mapping(model: type[BaseModel], name: Any) -> bool:
+    """Whether field ``name`` is a dictionary, whose keys belong to the path."""
+    field = model.model_fields.get(name)
+    return field is not None and dict in (get_origin(kind) for kind in (field.annotation, *get_args(field.annotation)))

@@ -33,9 +33,16 @@ MAX_CONTRAST_TEXTS = 128
 """Texts of one side of a contrast."""
 MAX_CALIBRATION_PROMPTS = 32
 """Prompts of one calibration, each run up to 20 times."""
+MAX_FIT_TEXTS = 4096
+"""Texts of one fit, all classes together."""
+MAX_FIT_TOKENS = 131_072
+"""Tokens of one fit: their activations are kept until it is done."""
+MAX_FIT_CLASSES = 32
+"""Classes of one fit, the background among them."""
 
 
-def _text(value: Any) -> Any:
+def as_text(value: Any) -> Any:
+    """``value`` itself if it is a text or a chat, else ``ValueError``."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
@@ -43,7 +50,7 @@ def _text(value: Any) -> Any:
     raise ValueError(f"expected a text, or a chat as a list of messages; got {show(value)}")
 
 
-Text = Annotated[str | list[dict[str, Any]], PlainValidator(_text, json_schema_input_type=str | list[dict[str, Any]])]
+Text = Annotated[str | list[dict[str, Any]], PlainValidator(as_text, json_schema_input_type=str | list[dict[str, Any]])]
 """A text, taken as it is, or OpenAI's messages, which the model's chat template turns into one."""
 
 
@@ -56,6 +63,15 @@ class Prompt:
     param: str
 
 
+def shortened(prompt: Prompt, n_tokens: int) -> Prompt:
+    """Its first ``n_tokens`` tokens; a prompt that is more than tokens (one with an image) stays as it is."""
+    if len(prompt.token_ids) <= n_tokens or prompt.engine_input.get("type") != "token":
+        return prompt
+    ids = list(prompt.token_ids[:n_tokens])
+    engine_input = {key: value for key, value in prompt.engine_input.items() if key != "prompt"}
+    return Prompt(engine_input | {"prompt_token_ids": ids}, ids, prompt.param)
+
+
 @dataclass(frozen=True)
 class Passes:
     """What one round of passes brought, by prompt.
@@ -64,11 +80,13 @@ class Passes:
         edit: the compiled fields.
         choices: what the engine reported.
         logprobs: log-probabilities of the next token, float64 ``[vocab]``; empty unless asked for.
+        prompt_logprobs: log-probability of each prompt token but the first, float64 ``[tokens − 1]``; empty unless asked for.
     """
 
     edit: Edit
     choices: list[Choice]
     logprobs: list[npt.NDArray[np.float64]]
+    prompt_logprobs: list[npt.NDArray[np.float64]]
 
 
 class _WholeVocabulary(SamplingParams):
@@ -114,13 +132,22 @@ async def _render(state: EditState, text: Any, param: str, code: Code) -> Prompt
 
 
 async def run(
-    state: EditState, prompts: Sequence[Prompt], interventions: Any = None, inspect: Any = None, logprobs: bool = False
+    state: EditState,
+    prompts: Sequence[Prompt],
+    interventions: Any = None,
+    inspect: Any = None,
+    logprobs: bool = False,
+    *,
+    prompt_logprobs: bool = False,
+    priority: int = 0,
 ) -> Passes:
     """One pass over each prompt, all at once.
 
     Args:
         interventions, inspect: the fields of a request, as parsed JSON.
         logprobs: whether the next-token distributions are wanted.
+        prompt_logprobs: whether those of the prompt's own tokens are; not on a server for which :func:`tells_logprobs` is false.
+        priority: of the passes, under ``--scheduling-policy priority``: smaller numbers go first, requests have 0.
 
     Raises:
         InterventionError: with the contract's codes; ``param`` is a path below ``interventions`` or ``inspect``.
@@ -130,10 +157,10 @@ async def run(
     edit.set_prompts([prompt.token_ids for prompt in prompts])
     release = state.capacity.reserve(edit.compiled.payload().row_keys)
     try:
-        params = [_admitted(edit, prompt, logprobs) for prompt in prompts]
+        params = [_admitted(edit, prompt, logprobs, prompt_logprobs) for prompt in prompts]
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(_pass(state, edit, i, prompt, one))
+                group.create_task(_pass(state, edit, i, prompt, one, priority))
                 for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))
             ]
     except BaseExceptionGroup as errors:
@@ -142,14 +169,32 @@ async def run(
         release()
     vocab = state.catalogue.vocab_size
     distributions = [_distribution(task.result(), vocab) for task in tasks] if logprobs else []
-    return Passes(edit, [edit.choices[i] for i in range(len(prompts))], distributions)
+    own = (
+        [_of_prompt(task.result(), prompt) for task, prompt in zip(tasks, prompts, strict=True)]
+        if prompt_logprobs
+        else []
+    )
+    return Passes(edit, [edit.choices[i] for i in range(len(prompts))], distributions, own)
 
 
-def _admitted(edit: Edit, prompt: Prompt, logprobs: bool) -> SamplingParams:
-    common = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
+def tells_logprobs(state: EditState) -> bool:
+    """Whether log-probabilities are what the engine reports: under ``--logprobs-mode raw_logits`` they are not."""
+    engine = state.app_state.openai_serving_completion.engine_client
+    return str(engine.vllm_config.model_config.logprobs_mode).endswith("logprobs")
+
+
+def _admitted(edit: Edit, prompt: Prompt, logprobs: bool, prompt_logprobs: bool) -> SamplingParams:
+    common: dict[str, Any] = {
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "detokenize": False,
+        "skip_reading_prefix_cache": True,
+    }
+    if prompt_logprobs:
+        common |= {"prompt_logprobs": 0, "flat_logprobs": True}
     kind = RequestOutputKind.FINAL_ONLY
     if logprobs:
-        params = _WholeVocabulary(**common, output_kind=kind, logprobs=-1, flat_logprobs=True)
+        params = _WholeVocabulary(**(common | {"logprobs": -1, "flat_logprobs": True}), output_kind=kind)
     else:
         params = SamplingParams(**common, output_kind=kind)
     try:
@@ -160,11 +205,11 @@ def _admitted(edit: Edit, prompt: Prompt, logprobs: bool) -> SamplingParams:
     return params
 
 
-async def _pass(state: EditState, edit: Edit, index: int, prompt: Prompt, params: SamplingParams) -> Any:
+async def _pass(state: EditState, edit: Edit, index: int, prompt: Prompt, params: SamplingParams, priority: int) -> Any:
     engine = state.app_state.openai_serving_completion.engine_client
     request_id = f"editserver-{uuid.uuid4().hex}"
     last = None
-    async with aclosing(engine.generate({**prompt.engine_input}, params, request_id)) as results:
+    async with aclosing(engine.generate({**prompt.engine_input}, params, request_id, priority=priority)) as results:
         async for last in results:
             edit.observe(index, last, 1, False)
     if last is None:
@@ -182,3 +227,12 @@ def _distribution(result: Any, vocab: int) -> npt.NDArray[np.float64]:
     # Under --logprobs-mode raw_logits they are logits; normalising log-probabilities changes nothing.
     normalised: npt.NDArray[np.float64] = dense - (largest + np.log(np.exp(dense - largest).sum()))
     return normalised
+
+
+def _of_prompt(result: Any, prompt: Prompt) -> npt.NDArray[np.float64]:
+    """Log-probability of each prompt token but the first, given those before it."""
+    flat = result.prompt_logprobs
+    # Position 0 has no entry; every other one has exactly that of the token that stands there.
+    if flat is None or list(flat.token_ids) != [int(token) for token in prompt.token_ids[1:]]:
+        raise failed("the engine ended without the log-probabilities of the prompt")
+    return np.array(flat.logprobs, np.float64)

@@ -16,8 +16,10 @@ from editserver.api import (
     errors,
     routes_calibrate,
     routes_catalogue,
+    routes_concepts,
     routes_contrast,
     routes_generate,
+    routes_jobs,
     routes_library,
     routes_missing,
 )
@@ -34,7 +36,16 @@ from interventions.errors import InterventionError
 HANDSHAKE = "editserver_handshake"
 
 # In this order they are tried: SAE ids are paths, so the longer routes come first, and what is left is missing.
-_ROUTES = (routes_generate, routes_contrast, routes_calibrate, routes_catalogue, routes_library, routes_missing)
+_ROUTES = (
+    routes_generate,
+    routes_contrast,
+    routes_calibrate,
+    routes_catalogue,
+    routes_concepts,
+    routes_jobs,
+    routes_library,
+    routes_missing,
+)
 
 
 class HandshakeError(RuntimeError):
@@ -55,6 +66,7 @@ class EditserverEndpoint:
         self._app = app
         app.add_exception_handler(InterventionError, errors.handle)
         app.add_middleware(BodyGuard, max_bytes=lambda: _max_bytes(app), edits=lambda: _edits(app))
+        app.router.lifespan_context = routes_jobs.cancelling(app.router.lifespan_context)
         stock = any(getattr(route, "path", None) == "/v1/chat/completions" for route in app.routes)
         before = list(app.routes)
         for module in _ROUTES:

@@ -11,7 +11,13 @@ from starlette.responses import JSONResponse
 from editserver import __version__
 from editserver.api.body import read_json, validate
 from editserver.api.errors import as_code, not_found
-from editserver.api.passes import MAX_CALIBRATION_PROMPTS, MAX_CONTRAST_TEXTS
+from editserver.api.passes import (
+    MAX_CALIBRATION_PROMPTS,
+    MAX_CONTRAST_TEXTS,
+    MAX_FIT_CLASSES,
+    MAX_FIT_TEXTS,
+    MAX_FIT_TOKENS,
+)
 from editserver.api.requests import EditChatRequest, EditCompletionRequest
 from editserver.api.state import EditState, editing
 from editserver.api.vllm_entry import ErrorResponse
@@ -43,6 +49,10 @@ async def capabilities(request: Request) -> dict[str, Any]:
         "activation_inputs": MAX_INPUTS,
         "contrast_texts": MAX_CONTRAST_TEXTS,
         "calibration_prompts": MAX_CALIBRATION_PROMPTS,
+        "fit_texts": MAX_FIT_TEXTS,
+        "fit_tokens": MAX_FIT_TOKENS,
+        "fit_classes": MAX_FIT_CLASSES,
+        "jobs_waiting": state.jobs.max_waiting,
     }
     return {
         "version": __version__,

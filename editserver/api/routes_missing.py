@@ -13,7 +13,7 @@ _PATHS = (
     "/v1/library/{rest:path}",
     "/v1/saes/{rest:path}",
     "/v1/jobs/{rest:path}",
-    "/v1/concepts/fit",
+    "/v1/concepts/{rest:path}",
     "/v1/rulesets/check",
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 
 from editserver.api.capacity import Capacity
+from editserver.api.jobs import Jobs
 from editserver.api.knowledge import FeatureKnowledge
 from editserver.catalogue import ServedCatalogue
 from editserver.engine.config import EngineConfig
@@ -24,6 +25,7 @@ class EditState:
         capacity: bank rows of the requests in flight.
         vllm_version: of the running vLLM.
         model: the served model's name.
+        jobs: work that outlives its request.
     """
 
     config: EngineConfig
@@ -33,6 +35,7 @@ class EditState:
     vllm_version: str
     model: str
     app_state: Any
+    jobs: Jobs = field(default_factory=Jobs)
     _knowledge: dict[str, FeatureKnowledge] = field(default_factory=dict)
 
     def knowledge(self, sae: str) -> FeatureKnowledge:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from interventions.concepts.moments import class_names, firings
+from interventions.concepts.moments import Firings, class_names, firings
 
 N_BINS = 100
 """Bins of a histogram, unless told otherwise."""
@@ -179,7 +179,10 @@ class HistogramStream:
 
     def add(self, activations: Tensor, labels: Tensor | int, mask: Tensor | None = None) -> None:
         """Add a batch, as :meth:`interventions.concepts.moments.MomentStream.add` takes it."""
-        hits = firings(activations, labels, mask, len(self.classes), self.n_features)
+        self.count(firings(activations, labels, mask, len(self.classes), self.n_features))
+
+    def count(self, hits: Firings) -> None:
+        """Add a batch of which the positive entries are known already."""
         f = hits.feature
         place = bin_index(hits.value, self._low[f], self._inverse_width[f], self.n_bins)
         cell = (hits.label * self.n_features + f) * self.n_bins + place

@@ -119,7 +119,10 @@ class MomentStream:
         Raises:
             ValueError: shapes, a label without a class, an activation that is negative or not finite.
         """
-        hits = firings(activations, labels, mask, len(self.classes), self.n_features)
+        self.count(firings(activations, labels, mask, len(self.classes), self.n_features))
+
+    def count(self, hits: Firings) -> None:
+        """Add a batch of which the positive entries are known already."""
         cell = hits.label * self.n_features + hits.feature
         value = hits.value.double()
         self._tokens += hits.tokens
@@ -169,6 +172,33 @@ class Firings:
     feature: Tensor
     value: Tensor
 
+    @classmethod
+    def of(cls, label: int, n_classes: int, n_tokens: int, feature: Tensor, value: Tensor) -> Firings:
+        """``n_tokens`` tokens of one class with the non-zero activations ``value`` of latents ``feature``, ``[m]`` each.
+
+        Raises:
+            ValueError: a value that is negative or not finite, a label that is no class.
+        """
+        if not 0 <= label < n_classes:
+            raise ValueError(f"labels: {label} is not a class; there are 0..{n_classes - 1}")
+        value = value.to("cpu", torch.float32)
+        _check_values(value)
+        tokens = torch.zeros(n_classes, dtype=torch.int64)
+        tokens[label] = n_tokens
+        kept = value > 0
+        feature = feature.to("cpu", torch.int64)[kept]
+        return cls(tokens, torch.full_like(feature, label), feature, value[kept])
+
+
+def concatenate(batches: Sequence[Firings]) -> Firings:
+    """All batches as one; at least one."""
+    return Firings(
+        torch.stack([batch.tokens for batch in batches]).sum(dim=0),
+        torch.cat([batch.label for batch in batches]),
+        torch.cat([batch.feature for batch in batches]),
+        torch.cat([batch.value for batch in batches]),
+    )
+
 
 def firings(activations: Tensor, labels: Tensor | int, mask: Tensor | None, n_classes: int, n_features: int) -> Firings:
     """Read a batch as :meth:`MomentStream.add` describes it."""
@@ -190,16 +220,20 @@ def firings(activations: Tensor, labels: Tensor | int, mask: Tensor | None, n_cl
         raise ValueError(f"labels: {wrong} is not a class; there are 0..{n_classes - 1}")
     token, feature = activations.detach().nonzero(as_tuple=True)
     value = activations.detach()[token, feature].to("cpu", torch.float32)
+    _check_values(value)
+    counts = torch.bincount(labels, minlength=n_classes)
+    # A value below float32's smallest number is no longer positive here; it did not fire.
+    kept = value > 0
+    return Firings(counts, labels[token.cpu()][kept], feature.cpu()[kept], value[kept])
+
+
+def _check_values(value: Tensor) -> None:
     if not bool(value.isfinite().all()):
         raise ValueError("activations: a value is not finite")
     if bool((value < 0).any()):
         raise ValueError(
             "activations: a value is negative; densities of positive values need an SAE whose latents never are"
         )
-    counts = torch.bincount(labels, minlength=n_classes)
-    # A value below float32's smallest number is no longer positive here; it did not fire.
-    kept = value > 0
-    return Firings(counts, labels[token.cpu()][kept], feature.cpu()[kept], value[kept])
 
 
 def class_names(classes: Sequence[str]) -> tuple[str, ...]:

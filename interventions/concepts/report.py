@@ -76,10 +76,19 @@ def fit_probe(x: Tensor, labels: Tensor, classes: Sequence[str], ridge: float = 
     spread = (omega @ (rows - centre) ** 2 / n).sqrt()
     scale = torch.where(spread > 0, spread, 1.0)
     z = (rows - centre) / scale
-    weighted = z * omega[:, None]
-    gram = z.T @ weighted + ridge * n / k * torch.eye(z.shape[1], dtype=torch.float64)
-    weight = torch.linalg.solve(gram, weighted.T @ (y - 1 / k))
+    weight = _ridge(z, omega, y - 1 / k, ridge * n / k)
     return Probe(names, centre, scale, weight, torch.full((k,), 1 / k, dtype=torch.float64))
+
+
+def _ridge(z: Tensor, omega: Tensor, y: Tensor, penalty: float) -> Tensor:
+    """(ZᵀΩZ + p·I)⁻¹ ZᵀΩY, ``[d, k]``; with fewer rows than columns as Zᵀ (ZZᵀ + p·Ω⁻¹)⁻¹ Y, which is the same."""
+    n, d = z.shape
+    if d <= n:
+        weighted = z * omega[:, None]
+        primal: Tensor = torch.linalg.solve(z.T @ weighted + penalty * torch.eye(d, dtype=torch.float64), weighted.T @ y)
+        return primal
+    dual: Tensor = torch.linalg.solve(z @ z.T + penalty * torch.diag(1 / omega), y)
+    return z.T @ dual
 
 
 def one_hot(labels: Tensor, k: int) -> Tensor:

@@ -97,6 +97,7 @@ def select(
     densities: Densities | None = None,
     background: str | None = None,
     max_rate: float | None = MAX_RATE,
+    score: Tensor | None = None,
 ) -> Selection:
     """The latents with the largest scores above zero; of equal scores the lower index comes first.
 
@@ -105,6 +106,7 @@ def select(
         fraction: instead, the share of all n latents, rounded up.
         background: class whose firing rate says what is dense; the mean of the other classes if None.
         max_rate: firing rate above which a latent is dense and left out; None keeps dense latents.
+        score: :func:`scores` of every latent, where they are known already; ``densities`` are not needed then.
 
     Raises:
         ValueError: both ``top`` and ``fraction``, values out of range, or no latent that qualifies.
@@ -118,7 +120,7 @@ def select(
     if max_rate is not None and not 0 <= max_rate <= 1:
         raise ValueError(f"max_rate: expected a share between 0 and 1, got {max_rate}")
     wanted = math.ceil(fraction * moments.n_features) if fraction is not None else top or TOP
-    score = scores(moments, target, by, densities)
+    score = scores(moments, target, by, densities) if score is None else score
     speaks = (score > 0) & (moments.firing[class_index(moments.classes, target)] > 0)
     dense = torch.zeros_like(speaks)
     if max_rate is not None:

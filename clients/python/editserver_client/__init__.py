@@ -53,6 +53,7 @@ from .exceptions import (
     ErrorCode,
     Forbidden,
     InterventionFailed,
+    JobFailed,
     NotFound,
     RateLimited,
     ServerError,
@@ -61,8 +62,10 @@ from .exceptions import (
     UnexpectedResponse,
 )
 from .features import AblateFeature, AddFeature, ClampFeature, FeatureEdit, ScaleFeature, SetFeature
+from .handles import AsyncJob, AsyncJobs, Job, Jobs
 from .inspection import FeatureReading, Inspect, Inspection, TokenReading
 from .interventions import EditFeatures, InlineConcept, Intervention, Remap, Rules, Steer, Suppress
+from .jobs import ConceptFit, JobStatus, Progress
 from .receipts import Application, Receipt, ReceiptEntry
 from .responses import (
     ChatChoice,
@@ -91,6 +94,8 @@ __all__ = [
     "AsyncChatStream",
     "AsyncClient",
     "AsyncCompletionStream",
+    "AsyncJob",
+    "AsyncJobs",
     "AsyncStream",
     "BadRequest",
     "CalibrationPoint",
@@ -103,6 +108,7 @@ __all__ = [
     "CompletionChoice",
     "CompletionResponse",
     "CompletionStream",
+    "ConceptFit",
     "Contrast",
     "ContrastFeature",
     "EditFeatures",
@@ -123,10 +129,15 @@ __all__ = [
     "InspectionEvent",
     "Intervention",
     "InterventionFailed",
+    "Job",
+    "JobFailed",
+    "JobStatus",
+    "Jobs",
     "Message",
     "Neighbour",
     "NotFound",
     "PackedTensor",
+    "Progress",
     "RateLimited",
     "ReasoningDelta",
     "Receipt",

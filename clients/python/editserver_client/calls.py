@@ -23,6 +23,7 @@ from .catalogue import (
 )
 from .exceptions import UnexpectedResponse
 from .interventions import Intervention
+from .jobs import JobStatus
 from .responses import ChatResponse, CompletionResponse
 from .wire import Wire, to_json
 
@@ -41,7 +42,7 @@ class Call(Generic[T]):
     params: Mapping[str, str | int] | None = None
 
 
-def _reader(answer: type[T]) -> Callable[[Any], T]:
+def reader(answer: type[T]) -> Callable[[Any], T]:
     adapter: TypeAdapter[T] = TypeAdapter(answer)
 
     def read(body: Any) -> T:
@@ -54,7 +55,7 @@ def _reader(answer: type[T]) -> Callable[[Any], T]:
 
 
 def _list_reader(item: type[T]) -> Callable[[Any], list[T]]:
-    read_item = _reader(item)
+    read_item = reader(item)
 
     def read(body: Any) -> list[T]:
         entries = body.get("data") if isinstance(body, Mapping) else body
@@ -65,19 +66,21 @@ def _list_reader(item: type[T]) -> Callable[[Any], list[T]]:
     return read
 
 
-read_chat = _reader(ChatResponse)
-read_completion = _reader(CompletionResponse)
-_read_capabilities = _reader(Capabilities)
-_read_sae = _reader(SAEInfo)
+read_chat = reader(ChatResponse)
+read_completion = reader(CompletionResponse)
+_read_capabilities = reader(Capabilities)
+_read_sae = reader(SAEInfo)
 _read_saes = _list_reader(SAEInfo)
 _read_features = _list_reader(FeatureInfo)
-_read_feature = _reader(FeatureCard)
+_read_feature = reader(FeatureCard)
 _read_activations = _list_reader(Activations)
-_read_contrast = _reader(Contrast)
-_read_calibration = _reader(StrengthCalibration)
-_read_tokens = _reader(Tokenization)
-_read_artifact = _reader(Artifact)
+_read_contrast = reader(Contrast)
+_read_calibration = reader(StrengthCalibration)
+_read_tokens = reader(Tokenization)
+_read_artifact = reader(Artifact)
 _read_artifacts = _list_reader(Artifact)
+_read_job = reader(JobStatus)
+_read_jobs = _list_reader(JobStatus)
 
 
 def chat(body: Mapping[str, Any]) -> Call[ChatResponse]:
@@ -145,6 +148,42 @@ def calibrate_strength(
     return Call("POST", "/v1/calibrate_strength", _read_calibration, json=body)
 
 
+def fit_concept(
+    name: str,
+    sae: str,
+    concepts: Mapping[str, Texts],
+    target: str,
+    background: str | Texts | None,
+    keep_dense: bool,
+    options: Mapping[str, Any],
+) -> Call[str]:
+    """Options left at None are absent, so that the server's default rules."""
+    if keep_dense and options.get("max_rate") is not None:
+        raise TypeError("give max_rate or keep_dense, not both")
+    body: dict[str, Any] = {"name": name, "sae": sae, "target": target}
+    body["concepts"] = {label: texts(given) for label, given in concepts.items()}
+    if background is not None:
+        body["background"] = background if isinstance(background, str) else texts(background)
+    for option, value in options.items():
+        if value is not None:
+            body[option] = list(value) if option == "strengths" else dict(value) if option == "priors" else value
+    if keep_dense:
+        body["max_rate"] = None
+    return Call("POST", "/v1/concepts/fit", _read_job_id, json=body)
+
+
+def list_jobs() -> Call[list[JobStatus]]:
+    return Call("GET", "/v1/jobs", _read_jobs)
+
+
+def get_job(id: str) -> Call[JobStatus]:
+    return Call("GET", _job_path(id), _read_job)
+
+
+def delete_job(id: str) -> Call[JobStatus]:
+    return Call("DELETE", _job_path(id), _read_job)
+
+
 def tokenize(input: Messages, model: str | None, params: Mapping[str, Any]) -> Call[Tokenization]:
     body: dict[str, Any] = {"prompt": input} if isinstance(input, str) else {"messages": chat_messages(input)}
     if model is not None:
@@ -183,3 +222,15 @@ def _artifact_path(kind: Kind, name: str) -> str:
     if not name:
         raise ValueError("the name is empty")
     return f"/v1/library/{kind}/{quote(name, safe='')}"
+
+
+def _job_path(id: str) -> str:
+    if not id:
+        raise ValueError("the id of the job is empty")
+    return f"/v1/jobs/{quote(id, safe='')}"
+
+
+def _read_job_id(body: Any) -> str:
+    if not isinstance(body, Mapping) or not isinstance(body.get("job"), str):
+        raise UnexpectedResponse(f"expected the id of a job, got {str(body)[:200]}")
+    return str(body["job"])

@@ -25,7 +25,9 @@ from .catalogue import (
     Tokenization,
 )
 from .exceptions import APIConnectionError, ServerError
+from .handles import Job, Jobs
 from .interventions import Intervention
+from .jobs import ConceptFit
 from .responses import ChatResponse, CompletionResponse
 from .streams import ChatStream, CompletionStream, Stream
 from .wire import Wire
@@ -48,6 +50,7 @@ class Client(BaseClient):
         super().__init__(base_url, api_key, timeout, retries, max_retry_wait, headers)
         self._http = httpx.Client(transport=transport, **self._settings)
         self.library = Library(self)
+        self.jobs = Jobs(self)
 
     def chat(
         self,
@@ -170,6 +173,47 @@ class Client(BaseClient):
             BadRequest: the target cannot be reached; the message names the largest KL that was.
         """
         return self._send(calls.calibrate_strength(intervention, prompts, target_kl))
+
+    def fit_concept(
+        self,
+        name: str,
+        *,
+        sae: str,
+        concepts: Mapping[str, Texts],
+        target: str,
+        background: str | Texts | None = None,
+        top: int | None = None,
+        by: Literal["difference", "mean", "separability"] | None = None,
+        max_rate: float | None = None,
+        keep_dense: bool = False,
+        bins: int | None = None,
+        priors: Mapping[str, float] | None = None,
+        held_out: float | None = None,
+        seed: int | None = None,
+        strengths: Sequence[float] | None = None,
+        tokens_per_text: int | None = None,
+    ) -> Job[ConceptFit]:
+        """Fit the class `target` of labelled texts (or chats) in the latents of `sae`, as a job: ``.wait()`` for it.
+
+        The concept is stored in the library as `name`, ready for ``Suppress(name)``. `background` is ordinary text, or
+        the name of one of `concepts`. Latents that fire on more than `max_rate` of it are left out, unless `keep_dense`.
+
+        Raises:
+            BadRequest: the message names the field. RateLimited: too many jobs wait.
+        """
+        options = {
+            "top": top,
+            "by": by,
+            "max_rate": max_rate,
+            "bins": bins,
+            "priors": priors,
+            "held_out": held_out,
+            "seed": seed,
+            "strengths": strengths,
+            "tokens_per_text": tokens_per_text,
+        }
+        call = calls.fit_concept(name, sae, concepts, target, background, keep_dense, options)
+        return Job(self, self._send(call), ConceptFit)
 
     def tokenize(self, input: Messages, *, model: str | None = None, **params: Any) -> Tokenization:
         """Token ids and strings of a text (str) or, after the chat template, of messages (list)."""

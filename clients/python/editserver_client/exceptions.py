@@ -12,6 +12,7 @@
     │   └── ServerError               5xx
     │       └── InterventionFailed    the engine could not apply what it had accepted
     ├── StreamError                   the stream broke off, or carried an error of unknown kind
+    ├── JobFailed                     a job failed or was cancelled: .state .code .param .message
     └── UnexpectedResponse            a success whose body is not what the contract promises
 
 A stable error *inside* a stream raises the same class as it would outside one (`InterventionFailed`, `BadRequest` with
@@ -36,6 +37,7 @@ ErrorCode = Literal[
     "unknown_concept",
     "unknown_map",
     "unknown_ruleset",
+    "unknown_job",
     "layer_not_armed",
     "wrong_dimension",
     "rule_syntax",
@@ -138,6 +140,22 @@ class StreamError(EditserverError):
         self.param = param
         self.body = body
         super().__init__(f"{code}: {message}" if code else message)
+
+
+class JobFailed(EditserverError):
+    """A job ended without a result.
+
+    Attributes:
+        state: "failed" or "cancelled".
+        code, param, message: as in `APIStatusError`; code and param are None for one that was cancelled.
+    """
+
+    def __init__(self, message: str, *, state: str, code: str | None = None, param: str | None = None) -> None:
+        self.message = message
+        self.state = state
+        self.code = code
+        self.param = param
+        super().__init__(f"job {state}: {message}" + (f" (at {param})" if param else ""))
 
 
 class UnexpectedResponse(EditserverError):
