@@ -9,7 +9,12 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from editserver.cli.fit_concept import EXAMPLES as CONCEPT_EXAMPLES
+from editserver.cli.fit_concept import concept
+from editserver.cli.fit_map import app as map_app
+
 app = typer.Typer(help="Fit artefacts of the library to examples.", no_args_is_help=True)
+app.add_typer(map_app, name="map")
 _errors = Console(stderr=True)
 
 
@@ -32,6 +37,9 @@ class DtypeName(StrEnum):
 
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+app.command(epilog=CONCEPT_EXAMPLES)(concept)
 
 
 @app.callback()

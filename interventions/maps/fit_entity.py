@@ -101,20 +101,20 @@ class EntitySettings:
 
 @dataclass(frozen=True, eq=False)
 class KnownProbe:
-    """A linear probe on all latents: higher scores look more like known entities.
+    """A linear probe on latents: higher scores look more like known entities.
 
     Attributes:
-        columns: latents that were active in training, int64 ``[m]``; others do not count.
+        columns: the latents, int64 ``[m]``; of all, those that were active in training.
     """
 
     columns: npt.NDArray[np.int64]
     classifier: Probe
 
     @staticmethod
-    def fit(known: Rows, unknown: Rows) -> KnownProbe:
-        """Ridge regression; closed form (:func:`interventions.concepts.report.fit_probe`)."""
+    def fit(known: Rows, unknown: Rows, latents: Sequence[int] | None = None) -> KnownProbe:
+        """Ridge regression on all latents, or on some; closed form (:func:`interventions.concepts.report.fit_probe`)."""
         rows = np.concatenate([known, unknown])
-        columns = np.flatnonzero((rows != 0).any(axis=0))
+        columns = np.flatnonzero((rows != 0).any(axis=0)) if latents is None else np.asarray(latents, np.int64)
         labels = torch.tensor([0] * len(known) + [1] * len(unknown))
         return KnownProbe(columns, fit_probe(torch.from_numpy(rows[:, columns]), labels, ("known", "unknown")))
 
@@ -146,7 +146,9 @@ class EntityFit:
         dropped_known, dropped_unknown: entities without a partner of their token count.
         length_before, length_after: AUROC with which token count alone tells unknown from known entities, among all and
             among those kept.
-        probe: trained on the half that fits.
+        probe: trained on the half that fits, on all latents.
+        narrow_probe: the same on the mapped latents alone, which the map sets: what it says is what was asked for, not
+            whether that is enough.
         separation: AUROC of the probe on the other half, known against unknown.
         warnings: what makes the figures doubtful.
     """
@@ -162,6 +164,7 @@ class EntityFit:
     length_before: AUROC
     length_after: AUROC
     probe: KnownProbe
+    narrow_probe: KnownProbe
     separation: AUROC
     warnings: tuple[str, ...]
 
@@ -258,6 +261,7 @@ def fit_entities(
         before,
         after,
         probe,
+        KnownProbe.fit(rows[0].z, rows[1].z, latents.all),
         separation,
         tuple(_warnings(ask, before, separation, background)),
     )
