@@ -85,7 +85,9 @@ def _ridge(z: Tensor, omega: Tensor, y: Tensor, penalty: float) -> Tensor:
     n, d = z.shape
     if d <= n:
         weighted = z * omega[:, None]
-        primal: Tensor = torch.linalg.solve(z.T @ weighted + penalty * torch.eye(d, dtype=torch.float64), weighted.T @ y)
+        primal: Tensor = torch.linalg.solve(
+            z.T @ weighted + penalty * torch.eye(d, dtype=torch.float64), weighted.T @ y
+        )
         return primal
     dual: Tensor = torch.linalg.solve(z @ z.T + penalty * torch.diag(1 / omega), y)
     return z.T @ dual
