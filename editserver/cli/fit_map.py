@@ -24,7 +24,7 @@ editserver fit map forget no-cooking --sae smollm2-135m/l15 --forget examples/ma
 --retain examples/maps/retain.jsonl --report ./no-cooking
 
 editserver fit map forget no-paris --sae smollm2-135m/l10 --forget paris.txt --retain retain.jsonl --mention Paris
---gate none --clamp 0.5 --questions examples/maps/questions.jsonl
+--gate none --clamp 0.5 --questions paris-questions.jsonl
 
 [bold]Formats[/bold] A file has one text a line; lines of .jsonl are strings, {"text": …} or {"messages": […]}.
 
@@ -32,9 +32,9 @@ editserver fit map forget no-paris --sae smollm2-135m/l10 --forget paris.txt --r
 """
 UNKNOWN_EXAMPLES = """[bold]Examples[/bold] (start a server first: editserver serve demo)
 
-editserver fit map unknown no-france --sae smollm2-135m/l10 --known examples/maps/countries.txt
---unknown examples/maps/invented.txt --target France --text examples/maps/retain.jsonl
---questions examples/maps/questions.jsonl --report ./no-france
+editserver fit map unknown no-einstein --sae smollm2-135m/l10 --known examples/maps/known.txt
+--unknown examples/maps/invented.txt --target "Albert Einstein" --target Einstein --text examples/maps/retain.jsonl
+--questions examples/maps/questions.jsonl --report ./no-einstein
 
 [bold]Formats[/bold] Entities: one name a line, or .jsonl with {"name": …, "type": …}; latents then must tell known from
 unknown in every type. Questions: .jsonl with {"question": …, "answer": text or list, "entity": …}.

@@ -122,11 +122,11 @@ def test_a_threshold_of_zero_is_warned_about() -> None:
 
 
 def test_what_cannot_be_fitted_says_why() -> None:
-    with pytest.raises(FitError, match="no latent tells .*fires on forget"):
+    with pytest.raises(FitError, match=r"no latent tells .*fires on forget"):
         fit_topic(texts(12, 7, 0.05), texts(60, 8, 0.05), S, TopicSettings(select="frequency"))
     with pytest.raises(FitError, match="8 texts are too few"):
         fit_topic(FORGET[:8], RETAIN, S)
-    with pytest.raises(FitError, match="a rate of 0.01 needs at least 99"):
+    with pytest.raises(FitError, match=r"a rate of 0.01 needs at least 99"):
         fit_topic(FORGET, RETAIN, S, TopicSettings(false_positive_rate=0.01))
 
 
@@ -139,7 +139,7 @@ def test_a_reading_is_its_dense_form_without_position_zero() -> None:
     assert np.array_equal(reading.at(4, S), dense[4].numpy())
     assert np.array_equal(reading.hits([3, 5]), (reading.dense(S)[:, [3, 5]] != 0).any(1).numpy())
     assert reading.mass() == pytest.approx(reading.dense(S).abs().sum(1).numpy(), rel=1e-6)
-    with pytest.raises(ValueError, match="outside 1..8"):
+    with pytest.raises(ValueError, match=r"outside 1..8"):
         Reading(tuple(range(9)), np.array([9]), np.array([0]), np.ones(1, np.float32))
     with pytest.raises(ValueError, match="finite"):
         Reading(tuple(range(9)), np.array([1]), np.array([0]), np.array([np.nan], np.float32))
