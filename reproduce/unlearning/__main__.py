@@ -1,0 +1,217 @@
+"""``make reproduce-unlearning``: measure every cell (resumable), then print and draw the tables."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from reproduce.model import Runner
+from reproduce.page import refresh
+from reproduce.unlearning import dilution, knowledge, report
+from reproduce.unlearning.cells import ALPHA, all_cells, calibrated_gate
+from reproduce.unlearning.edits import Runs
+from reproduce.unlearning.knowledge import key
+from reproduce.unlearning.material import Material, Sizes, fit, gather
+from reproduce.unlearning.measure import measure
+from reproduce.unlearning.passes import Passes
+from sae_weights.catalogue import resolve
+
+LAYERS = (10, 15, 20)
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+PICTURE = HERE.parent.parent / "docs" / "images" / "unlearning.png"
+PAGE = HERE.parent.parent / "docs" / "reproduce-unlearning.md"
+WORK = HERE.parent.parent / "build" / "reproduce-unlearning"
+
+T = TypeVar("T")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="one layer, few targets, in three minutes; no results are kept"
+    )
+    parser.add_argument("--tables", action="store_true", help="print the tables of the kept results; measure nothing")
+    parser.add_argument("--threads", type=int, default=0, help="threads of the model (0: torch's choice)")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    out = WORK / "quick.json" if given.quick else RESULTS
+    if not given.tables:
+        found = run(given.quick)
+        out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    results = json.loads(out.read_text())
+    written = report.tables(results)
+    print(written)
+    if not given.quick:
+        report.draw(results, PICTURE)
+        refresh(PAGE, written)
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """All cells, each from its file where that is there already."""
+    began = time.monotonic()
+    sizes = Sizes(1, 8, 3, 24, 32, 2) if quick else Sizes()
+    runner, tokenizer = Runner.bundled()
+    runs = Runs(Passes(runner, tokenizer), {layer: resolve(f"smollm2-135m/l{layer}")[1] for layer in LAYERS})
+    folder = WORK / f"{'quick' if quick else 'full'}-{_digest(sizes)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = all_cells(LAYERS, quick)
+    lengths = dilution.PADDING[:3] if quick else dilution.PADDING
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:40}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("what is known", total=len(cells) + 3 + len(lengths) * len(dilution.GATES))
+        material = _material(runs, sizes, folder, lambda text: progress.update(task, description=text, advance=1))
+
+        def tick() -> None:
+            progress.advance(task)
+
+        rows = []
+        for i, cell in enumerate(cells):
+            progress.update(task, description=cell.name)
+            file = folder / f"{cell.name}.json"
+            if not file.is_file():
+                _write(file, {"cell": cell.as_dict(), "metrics": measure(runs, material, cell)})
+                if not console.is_terminal:
+                    print(
+                        f"{time.monotonic() - began:6.0f} s  {i + 1}/{len(cells)}  {cell.name}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            rows.append(json.loads(file.read_text()))
+            tick()
+        progress.update(task, description="dilution")
+        file = folder / "dilution.json"
+        if not file.is_file():
+            _write(file, dilution.attack(runs, material, 15, lengths, tick))
+    return {
+        "model": "SmolLM2-135M-Instruct",
+        "knowledge": _facts(material),
+        "gates": _calibrations(material),
+        "cells": [report.summary(row) for row in rows],
+        "dilution": json.loads(file.read_text()),
+    }
+
+
+def _material(runs: Runs, sizes: Sizes, folder: Path, done: Any) -> Material:
+    known = _once(
+        folder / "knowledge.pickle", lambda: knowledge.find(runs.passes, runs.plain(), sizes.targets_per_kind)
+    )
+    done("questions and texts")
+    material = _once(folder / "material.pickle", lambda: gather(runs, known, sizes))
+    done("probes, latents, calibration")
+
+    def fitted() -> Material:
+        fit(runs, material, sizes)
+        return material
+
+    found = _once(folder / "fits.pickle", fitted)
+    done("cells")
+    return found
+
+
+def _once(file: Path, make: Callable[[], T]) -> T:
+    """What ``make`` gives, kept in ``file``."""
+    if file.is_file():
+        with file.open("rb") as stream:
+            kept: T = pickle.load(stream)
+        return kept
+    found = make()
+    part = file.with_suffix(".part")
+    with part.open("wb") as stream:
+        pickle.dump(found, stream)
+    part.replace(file)
+    return found
+
+
+def _facts(material: Material) -> dict[str, Any]:
+    known = material.knowledge
+    return {
+        "asked": [[kind, attribute, *counts] for (kind, attribute), counts in known.asked.items()],
+        "counts": known.counts,
+        "targets": {t.name: len(material.asked[key(t)]) for t in known.targets},
+        "questions": {
+            "targets": sum(map(len, material.asked.values())),
+            "in a chat": sum(map(len, material.chat.values())),
+            "others": len(material.others),
+            "others beside a target": sum(map(len, material.beside.values())),
+        },
+        "latents": {
+            str(layer): {
+                "known": len(at.latents.known),
+                "unknown": len(at.latents.unknown),
+                "best known score": at.latents.known_scores[0] if at.latents.known else None,
+                "best unknown score": at.latents.unknown_scores[0] if at.latents.unknown else None,
+                "every": len(at.every),
+            }
+            for layer, at in material.layers.items()
+        },
+    }
+
+
+def _calibrations(material: Material) -> list[dict[str, Any]]:
+    found = []
+    for layer in material.layers:
+        for kind in dilution.GATES:
+            every = [calibrated_gate(material, layer, kind, key(t)) for t in material.knowledge.targets]
+            found.append(
+                {
+                    "layer": layer,
+                    "gate": kind,
+                    "alpha": ALPHA,
+                    "calibration sequences": every[0][1].n,
+                    "held-out sequences": every[0][2].n,
+                    "threshold": report.interval([f.threshold for _, f, _ in every]),
+                    "false positives": report.interval([r.value for _, _, r in every]),
+                }
+            )
+    return found
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.replace(file)
+
+
+def _digest(sizes: Sizes) -> str:
+    """Of the sizes and of what the measuring code does: results of other code are not taken for these."""
+    digest = hashlib.sha256(repr(sizes).encode())
+    for name in (
+        "cells",
+        "dilution",
+        "edits",
+        "entities",
+        "knowledge",
+        "material",
+        "measure",
+        "passes",
+        "recall",
+        "texts",
+    ):
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        for node in ast.walk(tree):  # docstrings say nothing to the machine
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                node.body = [
+                    n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+                ]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    main()
