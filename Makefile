@@ -18,14 +18,17 @@ ORACLE_READY := $(ORACLE)/.ready
 TESTS_LAST := $(wildcard tests/api tests/cli tests/engine)
 TESTS := $(filter-out $(TESTS_LAST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py) $(TESTS_LAST)
 PYTEST_ARGS ?=
+ARGS ?=
 
-.PHONY: help setup setup-oracle demo test bench lint format lock clean
+.PHONY: help setup setup-oracle demo test bench reproduce-app reproduce-unlearning lint format lock clean
 
 help:
 	@echo 'make setup   build .venv from the pinned CPU locks (a few minutes, once)'
 	@echo 'make demo    serve a small chat model on CPU and show one answer plain and one edited'
 	@echo 'make test    lint, types, import direction and every test, the real engine included'
 	@echo 'make bench   throughput against vLLM without the plugin'
+	@echo 'make reproduce-app  what taking a concept away costs, by four methods (ARGS=--quick: 3 minutes)'
+	@echo 'make reproduce-unlearning  what is left of an entity under maps, clamps behind gates and a prompt (ARGS=--quick)'
 	@echo 'make lint    ruff, mypy --strict, import-linter (make format rewrites)'
 	@echo 'make lock    resolve requirements/*.lock anew'
 
@@ -56,6 +59,13 @@ test: lint setup-oracle
 
 bench: setup
 	@$(BIN)/python benchmarks/serve.py
+
+# Where it is interrupted, it goes on.
+reproduce-app: setup
+	@$(BIN)/python -m reproduce.app $(ARGS)
+
+reproduce-unlearning: setup
+	@$(BIN)/python -m reproduce.unlearning $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .
