@@ -13,6 +13,7 @@ from interventions.concepts.report import (
     attenuated_fraction,
     fit_probe,
     mean_interval,
+    one_hot,
 )
 from tests.concepts.samples import CLASSES, generator
 
@@ -145,3 +146,17 @@ def test_one_value_has_no_interval_and_none_no_mean() -> None:
         mean_interval([])
     with pytest.raises(ValueError, match="values"):
         mean_interval([1.0, math.nan])
+
+
+def test_a_probe_with_more_columns_than_texts_is_the_same_ridge_regression() -> None:
+    """W minimises its penalised squares: the gradient vanishes, for many columns as for few."""
+    for n, d in ((30, 7), (12, 50)):
+        x = torch.randn(n, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
+        labels = torch.arange(n) % 3
+        probe = fit_probe(x, labels, ("a", "b", "c"), ridge=0.5)
+        sizes = torch.bincount(labels).double()
+        omega = (n / (3 * sizes))[labels]
+        z = (x - probe.centre) / probe.scale
+        residual = one_hot(labels, 3) - z @ probe.weight - probe.bias
+        gradient = -z.T @ (omega[:, None] * residual) + 0.5 * n / 3 * probe.weight
+        assert gradient.abs().max() < 1e-9
