@@ -401,10 +401,11 @@ def test_a_map_that_no_request_could_run_is_refused_by_its_field(put):
     assert caught.value.param == "scope.sequences[1]"
 
 
-def test_a_large_map_compiles_quickly(compiled, put, server):
+@pytest.mark.parametrize("tokens", ["last", "all"])
+def test_a_large_map_compiles_quickly(compiled, put, server, tokens):
     """A thousand ops share one long scope and one long gate: neither is gone through once per op."""
     sequences = tuple(sorted((i % 90, j % 90, (i * j) % 90, *range(40)) for i in range(32) for j in range(32)))
-    scope = MentionTokens(tuple(sorted(set(sequences))), "all")
+    scope = MentionTokens(tuple(sorted(set(sequences))), tokens)
     server.limits = Limits(instructions=1024, rows=1024)
     transfers = [Transfer(j % 40, alpha=0.5) for j in range(1000)]
     put(*transfers, scope=scope, gate=SequenceGate(ShareGate(0.1), tuple(range(40))))
