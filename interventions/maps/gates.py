@@ -161,6 +161,14 @@ def update(gate: Gate, state: GateState, hits: npt.ArrayLike, prompt_len: int | 
     Returns:
         ``(open, state)``, open: bool ``[n]``.
     """
+    opened, _, after = advance(gate, state, hits, prompt_len)
+    return opened, after
+
+
+def advance(
+    gate: Gate, state: GateState, hits: npt.ArrayLike, prompt_len: int | None = None
+) -> tuple[Bits, Floats, GateState]:
+    """:func:`update`, with the statistic at each token in between: ``(open [n], statistic [n], state)``."""
     bits = np.asarray(hits, dtype=np.bool_)
     if bits.ndim != 1:
         raise ValueError(f"expected one bit per token, got shape {list(bits.shape)}")
@@ -170,7 +178,7 @@ def update(gate: Gate, state: GateState, hits: npt.ArrayLike, prompt_len: int | 
         opened |= state.open  # decided in an earlier chunk
     if gate.latch:
         opened = np.logical_or.accumulate(opened) | state.open
-    return opened, replace(after, open=bool(opened[-1]) if len(bits) else state.open)
+    return opened, statistic, replace(after, open=bool(opened[-1]) if len(bits) else state.open)
 
 
 def statistic(gate: Gate, hits: npt.ArrayLike, prompt_len: int | None = None) -> float:
