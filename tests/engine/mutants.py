@@ -71,8 +71,8 @@ def _plans_from(patch: pytest.MonkeyPatch, change: Callable[..., Sequence[str]])
 
     healthy = EngineWorker.begin_step
 
-    def begin_step(self: Any, request_ids: list[str], query_start: Any, positions: Any, token_ids: Any) -> None:
-        healthy(self, list(change(self, request_ids, query_start, positions)), query_start, positions, token_ids)
+    def begin_step(self: Any, request_ids: list[str], query_start: Any, positions: Any, *rest: Any) -> None:
+        healthy(self, list(change(self, request_ids, query_start, positions)), query_start, positions, *rest)
 
     patch.setattr(EngineWorker, "begin_step", begin_step)
 
