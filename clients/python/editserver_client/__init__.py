@@ -63,7 +63,7 @@ from .exceptions import (
 from .features import AblateFeature, AddFeature, ClampFeature, FeatureEdit, ScaleFeature, SetFeature
 from .inspection import FeatureReading, Inspect, Inspection, TokenReading
 from .interventions import EditFeatures, InlineConcept, Intervention, Remap, Rules, Steer, Suppress
-from .receipts import Application, Receipt, ReceiptEntry
+from .receipts import Application, GateFacts, Receipt, ReceiptEntry
 from .responses import (
     ChatChoice,
     ChatResponse,
@@ -117,6 +117,7 @@ __all__ = [
     "FinishEvent",
     "Forbidden",
     "FunctionCall",
+    "GateFacts",
     "InlineConcept",
     "Inspect",
     "Inspection",
