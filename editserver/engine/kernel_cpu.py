@@ -125,6 +125,7 @@ def _terms(
     scale: np.float32,
     view: F32,
     whole: F32,
+    row: int,
     bank_read: F32,
     bank_gate: F32,
     mean_slot: npt.NDArray[np.int64],
@@ -135,7 +136,8 @@ def _terms(
 
     Args:
         norm, scale, view: ||h||, the SAE's scale of what it writes, and its view of h.
-        whole: original activations that sources index, where they were computed elsewhere; empty: sources are bank slots.
+        whole, row: sources index this row of original activations, where they were computed elsewhere; row -1: they are
+            bank slots.
         mean_slot, mean: ``[1]``, the mean pre-activation that was last computed for this token (slot -1: none).
     """
     for o in range(first, last):
@@ -159,8 +161,8 @@ def _terms(
                 term = beta * mean[0]
         source = op_slots[o, 1]
         if source >= 0:
-            if whole.shape[0] > 0:
-                term += op_values[o, 5] * whole[source]
+            if row >= 0:
+                term += op_values[o, 5] * whole[row, source]
             else:
                 term += op_values[o, 5] * np.float32(_activation(_dot(bank_read[source], view), bank_gate[source]))
         terms[o - first] = term
@@ -285,7 +287,8 @@ def compose_joint(
                     norm,
                     scale,
                     view,
-                    z[r],
+                    z,
+                    r,
                     bank_read,
                     bank_gate,
                     mean_slot,
@@ -375,7 +378,6 @@ def edit_tokens(
     back = np.empty(CENTRE + 1, np.float32)
     terms = np.empty(width, np.float32)
     mean_slot, mean = np.empty(1, np.int64), np.empty(1, np.float32)
-    no_members = np.empty(0, np.float32)
     n_written = 0
     for t in range(n):
         fired[t] = 0
@@ -421,7 +423,6 @@ def edit_tokens(
                 a = np.float32(_dot(bank_read[slot], ht))
             elif kind >= LATENT:
                 view = ht
-                own = no_members
                 how = channel_norm[c]
                 if how != PLAIN_INPUT:
                     view = views[how]
@@ -429,8 +430,7 @@ def edit_tokens(
                         back[how] = _normalise(ht, how, view)
                     scale = back[how]
                 if kind == MEMBER:
-                    own = members[t]
-                    a = own[channel_member[c]]
+                    a = members[t, channel_member[c]]
                 else:
                     a = np.float32(_activation(_dot(bank_read[slot], view), bank_gate[slot]))
                 if channel_remaps[c]:
@@ -452,7 +452,8 @@ def edit_tokens(
                         norm,
                         scale,
                         view,
-                        own,
+                        members,
+                        t if kind == MEMBER else -1,
                         bank_read,
                         bank_gate,
                         mean_slot,
