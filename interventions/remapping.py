@@ -127,7 +127,7 @@ def _mentions(scope: Scope, selector: Selector) -> Selector | None:
     token_ids = tuple(sequence[0] for sequence in scope.sequences if len(sequence) == 1)
     given = set(scope.sequences)
     ends = (s for s in scope.sequences if len(s) > 1 and given.isdisjoint(s[i:] for i in range(1, len(s))))
-    return Selector((), token_ids, selector.include_bos and bool(token_ids), tuple(ends))
+    return Selector((), token_ids, selector.include_bos, tuple(ends))
 
 
 def _sequence_gate(given: SequenceGate, read: ReadKind, keys: Callable[[tuple[int, ...]], tuple[str, ...]]) -> Gate:

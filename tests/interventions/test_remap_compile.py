@@ -309,6 +309,7 @@ def test_evidence_is_read_as_the_dictionary_needs(compiled, put, saes, sae, read
     assert {gate.kind for gate in layer.gates} == {GateKind.TRIGGER, GateKind.SHARE_PROMPT}
     assert {gate.read for gate in layer.gates} == {listens}
     assert only(result.program).gates == (0, 1)
+    assert all(gate.evidence == tuple(sorted(gate.evidence)) for gate in layer.gates)
     evidence = {key for gate in layer.gates for key in gate.evidence}
     assert evidence == {feature_key(saes[sae].digest, j) for j in (2, 8, 11)}
     assert evidence <= set(result.row_keys)
