@@ -223,6 +223,9 @@ def _statistics(gate: Gate, state: GateState, bits: Bits, prompt_len: int | None
 
 def _window(window: int, state: GateState, counted: Bits, evidence: Bits) -> tuple[Integers, int]:
     """Hits among the last ``window`` evidence tokens at each token, and the bits that the next chunk needs."""
+    if len(evidence) == 1 and evidence[0]:  # decoding: no need to spell the window out
+        recent = (state.recent << 1 | int(counted[0])) & ((1 << window) - 1)
+        return np.array([recent.bit_count()], np.int64), recent
     held = min(state.seen, window)
     before = np.array([state.recent >> i & 1 for i in range(held - 1, -1, -1)], np.int64)
     line = np.concatenate([before, counted[evidence].astype(np.int64)])
