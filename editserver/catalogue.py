@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from editserver.engine.config import EngineConfig, SAESource
-from editserver.library import ConceptLibrary, VectorLibrary
+from editserver.library import ConceptLibrary, MapLibrary, VectorLibrary
 from editserver.settings import Settings
 from interventions.catalogue import how_to_edit, needs_full_encode
 from interventions.concepts.concept import Concept
 from interventions.errors import InterventionError
 from interventions.limits import Limits
+from interventions.maps.map import LatentMap
+from interventions.remapping import check_map
 from interventions.wording import choices, nearest, show
 from sae_weights.architectures import ARCHITECTURES
 from sae_weights.catalogue import resolve
@@ -215,9 +218,10 @@ class ServedCatalogue:
     saes: Mapping[str, ServedSAE]
     library: VectorLibrary
     concepts: ConceptLibrary
+    maps: MapLibrary
     tokenizer: Any
     model: str = ""
-    """The served name; empty where nobody gave it one: then concepts are bound by their SAE alone."""
+    """The served name; empty where nobody gave it one: then concepts and maps are bound by their SAE alone."""
     _token_text: dict[int, str] = field(default_factory=dict)
 
     def sae(self, name: str) -> ServedSAE:
@@ -239,12 +243,18 @@ class ServedCatalogue:
             InterventionError: ``unknown_concept``, or ``invalid_artifact`` for one that :meth:`dictionary_of` refuses.
         """
         concept = self.concepts.get(name)
-        try:
+        with _of_this_server("concept", name):
             return self.dictionary_of(concept), concept
-        except InterventionError as error:
-            raise InterventionError(
-                "invalid_artifact", f"concept {show(name)} is not of this server: {error}"
-            ) from None
+
+    def map(self, name: str) -> tuple[ServedSAE, LatentMap]:
+        """The library map called ``name`` and its dictionary.
+
+        Raises:
+            InterventionError: ``unknown_map``, or ``invalid_artifact`` for one that :meth:`dictionary_of_map` refuses.
+        """
+        found = self.maps.get(name)
+        with _of_this_server("map", name):
+            return self.dictionary_of_map(found), found
 
     def dictionary_of(self, concept: Concept) -> ServedSAE:
         """The dictionary on which ``concept`` was fitted.
@@ -255,12 +265,28 @@ class ServedCatalogue:
         if self.model and concept.model != self.model:
             message = f"fitted on the model {show(concept.model)}; this server has {show(self.model)}"
             raise InterventionError("invalid_artifact", f"model: {message}", "model")
-        served = next((sae for sae in self.saes.values() if sae.sae.digest == concept.sae_digest), None)
+        served = self._by_digest(concept.sae_digest, "sae_digest")
+        concept.check_sae(served.sae.digest, served.layer, served.sae.n_features)
+        return served
+
+    def dictionary_of_map(self, found: LatentMap) -> ServedSAE:
+        """The dictionary on which the map was fitted.
+
+        Raises:
+            InterventionError: ``invalid_artifact``: another model's, no such dictionary at that layer is served, or
+                something in it that the model does not have.
+        """
+        served = self._by_digest(found.sae, "sae")
+        found.check(served.sae.digest, served.layer, served.sae.n_features, self.model or None)
+        check_map(found, self.vocab_size)
+        return served
+
+    def _by_digest(self, digest: str, param: str) -> ServedSAE:
+        served = next((sae for sae in self.saes.values() if sae.sae.digest == digest), None)
         if served is None:
             have = choices(f"{sae.id} ({sae.sae.digest[:12]}…)" for sae in self.saes.values())
-            message = f"fitted on the SAE {concept.sae_digest[:12]}…; this server has {have}"
-            raise InterventionError("invalid_artifact", f"sae_digest: {message}", "sae_digest")
-        concept.check_sae(served.sae.digest, served.layer, served.sae.n_features)
+            message = f"fitted on the SAE {digest[:12]}…; this server has {have}"
+            raise InterventionError("invalid_artifact", f"{param}: {message}", param)
         return served
 
     def encode_text(self, text: str) -> list[int]:
@@ -273,6 +299,15 @@ class ServedCatalogue:
         if text is None:
             text = self._token_text[token_id] = token_text(self.tokenizer, token_id)
         return text
+
+
+@contextmanager
+def _of_this_server(kind: str, name: str) -> Iterator[None]:
+    """In a request, an artefact that is refused is named, not its field."""
+    try:
+        yield
+    except InterventionError as error:
+        raise InterventionError("invalid_artifact", f"{kind} {show(name)} is not of this server: {error}") from None
 
 
 def build_catalogue(
@@ -309,6 +344,7 @@ def build_catalogue(
         saes=served,
         library=VectorLibrary(settings.library),
         concepts=ConceptLibrary(settings.library),
+        maps=MapLibrary(settings.library),
         tokenizer=tokenizer,
         model=model,
     )

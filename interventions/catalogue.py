@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from interventions.concepts.concept import Concept
 from interventions.limits import Limits
+from interventions.maps.map import LatentMap
 from sae_weights.architectures import ARCHITECTURES
 from sae_weights.sae import SAE
 
@@ -72,6 +73,12 @@ class Catalogue(Protocol):
         """The library concept of that name, and the dictionary that it was fitted on.
 
         Raises ``unknown_concept``, or ``invalid_artifact`` where it was fitted on something else than what is here.
+        """
+
+    def map(self, name: str) -> tuple[CatalogueSAE, LatentMap]:
+        """The library map of that name, and the dictionary that it was fitted on.
+
+        Raises ``unknown_map``, or ``invalid_artifact`` where it was fitted on something else than what is here.
         """
 
     def encode_text(self, text: str) -> list[int]:

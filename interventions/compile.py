@@ -21,7 +21,9 @@ from interventions.concepts.gain import TAU
 from interventions.errors import Code, InterventionError
 from interventions.fields import Part
 from interventions.instruction import Draft, Instruction, latent_instruction, norm, rounded
-from interventions.program import Read, ReadKind, feature_key, vector_key
+from interventions.limits import Limits
+from interventions.program import Gate, Program, Read, ReadKind, feature_key, vector_key
+from interventions.remapping import remapped
 from interventions.selectors import (
     ALL,
     GENERATED,
@@ -31,7 +33,7 @@ from interventions.selectors import (
     slice_selector,
     union,
 )
-from interventions.spec import EditFeatures, Inspect, Intervention, Steer, Suppress, join
+from interventions.spec import EditFeatures, Inspect, Intervention, Remap, Steer, Suppress, join
 from interventions.suppression import suppress_fitted, suppress_inline
 from interventions.wording import choices, printable, show
 
@@ -57,8 +59,10 @@ def compile_request(
     reads = [compiler.read(spec) for spec in inspect]
     listed = sum(len(read.features) for read in reads)
     _limit("inspected_features", listed, limits.inspected_features, "inspect")
+    program = compiler.draft.program(catalogue.max_dose, catalogue.refuse_over_dose)
+    _check_bits(program, len(reads), limits)
     return Compiled(
-        program=compiler.draft.program(catalogue.max_dose, catalogue.refuse_over_dose),
+        program=program,
         entries=entries,
         reads=tuple(reads),
         inspect_ids=tuple(spec.sae for spec in inspect),
@@ -75,6 +79,14 @@ def _limit(name: str, have: int, bound: int, param: str) -> None:
         raise InterventionError("limit_exceeded", f"{param}: {have} {shown}; this server allows {bound}", param)
 
 
+def _check_bits(program: Program | None, n_reads: int, limits: Limits) -> None:
+    selectors, gates = (
+        (0, 0) if program is None else (len(program.selectors), max(len(x.gates) for x in program.layers))
+    )
+    _limit("selectors", selectors + n_reads, limits.selectors, "inspect" if program is None else "interventions")
+    _limit("gates", gates, limits.gates, "interventions")
+
+
 @dataclass
 class _Compiler:
     catalogue: Catalogue
@@ -87,19 +99,23 @@ class _Compiler:
         """Add one intervention's instructions and say what it became."""
         selector = self.selector(spec.tokens, spec.include_bos, f"{spec.param}.tokens", "invalid_intervention")
         offered: CatalogueSAE | None = None
+        scope: Selector | None = None
+        gate: Gate | None = None
         if isinstance(spec, Steer):
             layers, kept = self.steer(i, spec, selector)
         else:
             if isinstance(spec, EditFeatures):
                 offered, kept = self.edit_features(i, spec, selector)
-            else:
+            elif isinstance(spec, Suppress):
                 offered, kept = self.suppress(i, spec, selector)
+            else:
+                offered, kept, scope, gate = self.remap(i, spec, selector)
             layers = (offered.layer,)
         limits = self.catalogue.limits
         _limit("instructions", self.draft.n_instructions, limits.instructions, spec.param)
         _limit("rows", len(self.draft.named), limits.rows, spec.param)
         approximate = offered is not None and offered.sae.approximates is not None
-        return Entry(spec.id, spec.type, layers, selector, not kept, spec.param, approximate)
+        return Entry(spec.id, spec.type, layers, selector, not kept, spec.param, approximate, scope, gate)
 
     def steer(self, i: int, spec: Steer, selector: Selector) -> tuple[tuple[int, ...], bool]:
         source, by_layer = self.directions(spec)
@@ -157,6 +173,25 @@ class _Compiler:
                 tables[part.instruction.table] = part.table
             kept |= self.draft.add(offered.layer, kind, key, part.instruction, vectors=tables)
         return offered, kept
+
+    def remap(self, i: int, spec: Remap, selector: Selector) -> tuple[CatalogueSAE, bool, Selector | None, Gate | None]:
+        param = f"{spec.param}.map"
+        try:
+            offered, fitted = self.catalogue.map(spec.map)
+        except InterventionError as error:
+            raise _placed(error, param) from None
+        kind = self.latents(offered, param)
+        try:
+            found = remapped(fitted, spec.strength, kind, Instruction(selector, i))
+        except InterventionError as error:
+            param = f"{spec.param}.{error.param}"
+            raise InterventionError("invalid_intervention", f"{param}: {error.message}", param) from None
+        self.draft.named.update(found.rows)
+        kept = False
+        for latent, instruction in found.parts:
+            key = feature_key(offered.sae.digest, latent)
+            kept |= self.draft.add(offered.layer, kind, key, instruction)
+        return offered, kept, found.scope, found.gate
 
     def latents(self, offered: CatalogueSAE, param: str) -> ReadKind:
         """How the latents of the SAE are read in order to be edited; refuses an SAE that cannot be edited here."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from interventions.errors import Code, InterventionError
-from interventions.program import Payload, Program, Read
+from interventions.program import Gate, Payload, Program, Read
 from interventions.selectors import Selector
 
 
@@ -22,6 +24,8 @@ class Entry:
         noop: whether nothing of it is left in the program (it was valid, and changes nothing).
         param: its place in the request.
         approximate: whether it edits a stand-in: an SAE whose membership rule a calibrated threshold replaces.
+        scope: the mentions that it is confined to, ``None`` = anywhere.
+        gate: the sequence gate behind which it is.
     """
 
     id: str
@@ -31,6 +35,21 @@ class Entry:
     noop: bool
     param: str = ""
     approximate: bool = False
+    scope: Selector | None = None
+    gate: Gate | None = None
+
+    def count(self, token_ids: Sequence[int], prompt_len: int) -> tuple[int, int]:
+        """``(selected, selected in the prompt)`` among the tokens at positions 0, 1, 2, …: in selector and scope.
+
+        Gates and triggers depend on activations: what they let through is for the engine to report.
+        """
+        if self.noop or not token_ids:
+            return 0, 0
+        ids = torch.as_tensor(token_ids, dtype=torch.int64)
+        selected = self.selector.mask(torch.arange(len(ids)), ids, prompt_len)
+        if self.scope is not None:
+            selected &= self.scope.mask(torch.arange(len(ids)), ids, prompt_len)
+        return int(selected.sum()), int(selected[:prompt_len].sum())
 
 
 @dataclass(frozen=True)
@@ -57,8 +76,23 @@ class Compiled:
     inspect_params: tuple[str, ...] = ()
     inspect_approximate: tuple[bool, ...] = ()
 
+    def resolved(self, prompt: Sequence[int]) -> Compiled:
+        """The same for one prompt (token ids): mentions that are looked up in it become positions, before any digest."""
+        if self.program is None or not any(selector.inside for selector in self.program.selectors):
+            return self
+        entries = tuple(
+            entry if entry.scope is None else replace(entry, scope=entry.scope.resolved(prompt))
+            for entry in self.entries
+        )
+        return replace(self, program=self.program.resolved(prompt), entries=entries)
+
+    @property
+    def row_keys(self) -> tuple[str, ...]:
+        """The distinct rows that the request needs, whatever its prompt."""
+        return Payload(self.program, self.reads, None).row_keys
+
     def payload(self) -> Payload:
-        """What the engine gets."""
+        """What the engine gets; of a :meth:`resolved` one."""
         return Payload(self.program, self.reads, None if self.program is None else self.program.digest())
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from interventions.errors import InterventionError
-from interventions.program import Channel, LayerProgram, Op, OpKind, Program, ReadKind
+from interventions.program import Channel, Gate, LayerProgram, Op, OpKind, Program, ReadKind, UnitKind
 from interventions.selectors import Selector
 from interventions.spec import FeatureEdit
 
@@ -29,7 +31,7 @@ def rounded(value: float) -> float:
 
 @dataclass(frozen=True)
 class Instruction:
-    """What :class:`~interventions.program.Op` says, with the selector itself, and the table's bytes beside its key."""
+    """What :class:`~interventions.program.Op` says, with selector, scope and gates themselves in place of their numbers."""
 
     selector: Selector
     intervention: int
@@ -41,6 +43,12 @@ class Instruction:
     kind: OpKind = OpKind.AFFINE
     strength: float = 0.0
     table: str = ""
+    gamma: float = 0.0
+    source: str = ""
+    unit: UnitKind = UnitKind.ABSOLUTE
+    mean: str = ""
+    scope: Selector | None = None
+    gates: tuple[Gate, ...] = ()
 
     @property
     def is_identity(self) -> bool:
@@ -49,30 +57,38 @@ class Instruction:
             return self.hi <= 0.0 or self.lo > self.hi
         if self.kind is OpKind.GAIN:
             return self.strength == 0.0
-        return (self.alpha, self.beta, self.lo, self.hi) == (1.0, 0.0, -math.inf, math.inf)
+        changes = (self.alpha, self.beta, self.gamma, self.lo, self.hi)
+        return changes == (1.0, 0.0, 0.0, -math.inf, math.inf)
 
-    def reach(self, size: float) -> float:
-        """The largest |x| after it, of values up to ``size``."""
+    def reach(self, size: float, original: float = 0.0) -> float:
+        """The largest |x| after it, of values up to ``size``, sources and units up to ``original``."""
         if self.kind is OpKind.RANGE:
             return size
         if self.kind is OpKind.GAIN:
             return size * max(1.0, self.strength - 1.0)
-        size = abs(self.alpha) * size + abs(self.beta)
+        unit = 1.0 if self.unit is UnitKind.ABSOLUTE else original
+        size = abs(self.alpha) * size + abs(self.beta) * unit + abs(self.gamma) * original
         return max(abs(min(max(x, self.lo), self.hi)) for x in (-size, size))
 
-    def op(self, selector: int) -> Op:
-        """The op whose selector has that number in its program."""
+    def op(self, selectors: Numbers, gates: Numbers) -> Op:
+        """The op in a program that numbers selectors, and the gates of its layer, like this."""
         return Op(
             self.alpha,
             self.beta,
             self.lo,
             self.hi,
             self.only_if_active,
-            selector,
+            selectors[id(self.selector)],
             self.intervention,
             self.kind,
             self.strength,
             self.table,
+            self.gamma,
+            self.source,
+            self.unit,
+            self.mean,
+            -1 if self.scope is None else selectors[id(self.scope)],
+            tuple(sorted({gates[id(gate)] for gate in self.gates})),
         )
 
 
@@ -91,6 +107,19 @@ def latent_instruction(edit: FeatureEdit, selector: Selector, intervention: int)
         high = math.inf if edit.max is None else edit.max + 0.0
         return replace(plain, lo=low, hi=high)
     return replace(plain, alpha=0.0)
+
+
+Part = TypeVar("Part", bound=Hashable)
+Numbers = Mapping[int, int]
+"""``id`` of an object → its number. Instructions share their parts, which may be long: they are not hashed per op."""
+
+
+def _numbered(parts: Iterable[Part], order: Callable[[Part], Any]) -> tuple[tuple[Part, ...], Numbers]:
+    """The distinct parts, sorted, so that their order does not depend on that of the request; and their numbers."""
+    objects = {id(part): part for part in parts}
+    distinct = tuple(sorted(set(objects.values()), key=order))
+    number = {part: i for i, part in enumerate(distinct)}
+    return distinct, {at: number[part] for at, part in objects.items()}
 
 
 @dataclass
@@ -118,7 +147,7 @@ class Draft:
     ) -> bool:
         """Count the instruction; keep it, and the ``vectors`` that it names, unless it changes nothing."""
         self.n_instructions += 1
-        self.named.update((key, *(vectors or ())))
+        self.named.update(one for one in (key, instruction.source, instruction.mean, *(vectors or ())) if one)
         selects = bool(instruction.selector.ranges or instruction.selector.token_ids)
         if silent or instruction.is_identity or not selects:
             return False
@@ -134,22 +163,29 @@ class Draft:
         """
         if not self.channels:
             return None
-        selectors = tuple(sorted({one.selector for kept in self.channels.values() for one in kept}))
-        number = {selector: i for i, selector in enumerate(selectors)}
+        kept = [one for instructions in self.channels.values() for one in instructions]
+        parts = [part for one in kept for part in (one.selector, one.scope) if part is not None]
+        selectors, number = _numbered(parts, lambda selector: selector)
+        gates = {layer: self._gates(layer) for layer in {layer for layer, _, _ in self.channels}}
         layers: dict[int, list[Channel]] = {}
-        for (layer, kind, row), instructions in sorted(self.channels.items()):
+        for (layer, kind, row), instructions in sorted(self.channels.items(), key=lambda item: item[0]):
             self._check_reach(kind, row, instructions)
-            ops = [one.op(number[one.selector]) for one in instructions]
+            ops = [one.op(number, gates[layer][1]) for one in instructions]
             if kind in (ReadKind.NONE, ReadKind.NORM):  # constants only add up: their order means nothing
                 ops.sort(key=lambda op: (op.selector, op.beta, op.intervention))
             layers.setdefault(layer, []).append(Channel(kind, row, tuple(ops)))
         return Program(
-            layers=tuple(LayerProgram(layer, tuple(channels)) for layer, channels in layers.items()),
+            layers=tuple(LayerProgram(layer, tuple(channels), gates[layer][0]) for layer, channels in layers.items()),
             selectors=selectors,
             vectors=dict(sorted(self.vectors.items())),
             max_dose=rounded(max_dose),
             refuse_over_dose=bool(refuse_over_dose) and math.isfinite(max_dose),
         )
+
+    def _gates(self, layer: int) -> tuple[tuple[Gate, ...], Numbers]:
+        """The distinct gates of the layer's instructions, and their numbers."""
+        kept = [one for (at, _, _), instructions in self.channels.items() if at == layer for one in instructions]
+        return _numbered([gate for one in kept for gate in one.gates], msgspec.msgpack.encode)
 
     def _check_reach(self, kind: ReadKind, row: str, instructions: Sequence[Instruction]) -> None:
         """Refuse a channel whose delta could leave what float32 can square, so that no norm overflows to infinity."""
@@ -162,9 +198,10 @@ class Draft:
             reach = _LARGEST_LATENT
         else:
             reach = _LARGEST_STATE
+        original = reach
         bound = _LARGEST_EDITED_LATENT if kind is ReadKind.JOINT else _LARGEST_DELTA
         for one in instructions:
-            reach = one.reach(reach)
+            reach = one.reach(reach, original)
             if reach * factor > bound:
                 message = f"the edit could be of size {reach * factor:.3g}, beyond what float32 arithmetic can carry"
                 param = f"interventions[{one.intervention}]"

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 MAX_INTERVENTIONS = 63
 """Receipts keep one bit per intervention in a signed 64-bit word."""
 
+MAX_SELECTORS = MAX_GATES = 64
+"""The engine keeps one bit per selector and token, and one per gate, layer and token."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -22,6 +25,8 @@ class Limits:
         top_k: ``top_k`` of one inspection.
         selector_parts: members of one ``tokens`` list.
         selector_tokens: token ids and strings of one ``tokens`` field.
+        selectors: distinct ``tokens`` and mention scopes of the edits, and one per inspection.
+        gates: distinct triggers and sequence gates at one layer.
         bank_rows: rows of all running requests together.
     """
 
@@ -34,14 +39,17 @@ class Limits:
     top_k: int = 128
     selector_parts: int = 64
     selector_tokens: int = 1024
+    selectors: int = MAX_SELECTORS
+    gates: int = MAX_GATES
     bank_rows: int = 8192
 
     def __post_init__(self) -> None:
         for name, value in self.as_dict().items():
             if value < 1:
                 raise ValueError(f"limit {name} is {value}; it must be at least 1")
-        if self.interventions > MAX_INTERVENTIONS:
-            raise ValueError(f"limit interventions is {self.interventions}; it can be at most {MAX_INTERVENTIONS}")
+        for name, most in (("interventions", MAX_INTERVENTIONS), ("selectors", MAX_SELECTORS), ("gates", MAX_GATES)):
+            if getattr(self, name) > most:
+                raise ValueError(f"limit {name} is {getattr(self, name)}; it can be at most {most}")
         if self.rows > self.bank_rows:
             raise ValueError(f"limit rows ({self.rows}) exceeds bank_rows ({self.bank_rows}): no request could fill it")
 

@@ -10,21 +10,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from interventions.maps import gates
 from interventions.program import (
     TABLE_HEADER,
     Channel,
+    Gate,
     LayerProgram,
     Op,
     OpKind,
     ReadKind,
+    UnitKind,
     parse_feature_key,
 )
 from interventions.selectors import Selector
 from sae_weights.input_norm import INPUT_NORMS, normalise
 from sae_weights.sae import SAE
+
+MEAN_CHUNK = 2048
+"""Rows of an encoder that are held while their mean is taken."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,48 @@ class LayerResult:
         return torch.where(self.written[:, None], (h.float() + self.delta).to(h.dtype), h)
 
 
+@dataclass(frozen=True)
+class GateFacts:
+    """What a gate did over a sequence.
+
+    Attributes:
+        open_from: first position at which it was open, None for never.
+        statistic: the largest so far; 0 for triggers.
+    """
+
+    open_from: int | None
+    statistic: float
+
+
+def listen(
+    h: Tensor,
+    layer: LayerProgram,
+    row_of: Callable[[str], Row],
+    members: Callable[[str], Tensor] | None,
+    prompt_len: int,
+) -> tuple[Tensor, tuple[GateFacts, ...]]:
+    """Where the gates of a layer are open: bool ``[n_gates, n]`` for h ``[n, d]`` (a request's tokens from position 0 on)."""
+    opened = torch.zeros(len(layer.gates), len(h), dtype=torch.bool)
+    facts = []
+    for i, gate in enumerate(layer.gates):
+        bits = hits(h.float(), gate, row_of, members).cpu().numpy()
+        if gate.over_sequence:
+            where, statistic, _ = gates.advance(gate.rule, gates.START, bits, prompt_len)
+        else:
+            where, statistic = bits, np.zeros(len(bits))
+        opened[i] = torch.from_numpy(where)
+        facts.append(GateFacts(int(where.argmax()) if where.any() else None, float(statistic.max(initial=0.0))))
+    return opened.to(h.device), tuple(facts)
+
+
+def hits(h: Tensor, gate: Gate, row_of: Callable[[str], Row], members: Callable[[str], Tensor] | None) -> Tensor:
+    """bool ``[n]``: tokens of h ``[n, d]`` (fp32) where any of the gate's evidence is active."""
+    found = torch.zeros(len(h), dtype=torch.bool, device=h.device)
+    for key in gate.evidence:
+        found |= _latent(h, gate.read, key, row_of(key), members)[0] != 0
+    return found
+
+
 def edit_layer(
     h: Tensor,
     layer: LayerProgram,
@@ -87,6 +136,7 @@ def edit_layer(
     max_dose: float = math.inf,
     refuse: bool = False,
     effect: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+    opened: Tensor | None = None,
 ) -> LayerResult:
     """The delta of one request's program at one layer.
 
@@ -99,8 +149,10 @@ def edit_layer(
         max_dose, refuse: the program's dose policy.
         effect: SAE digest, all activations z ``[n, n_features]``, edited z' → what the change does to h, ``[n, d]``;
             for JOINT channels.
+        opened: bool ``[n_gates, n]``, where the layer's gates are open (:func:`listen`); None where it has none.
     """
     h = h.float()
+    opened = torch.zeros(0, len(h), dtype=torch.bool, device=h.device) if opened is None else opened
     delta = torch.zeros_like(h)
     fired = torch.zeros(len(h), dtype=torch.int64, device=h.device)
     joint: dict[str, list[tuple[int, Channel]]] = {}
@@ -111,7 +163,8 @@ def edit_layer(
             continue
         row = row_of(channel.row)
         a, scale = _read(h, channel, row, members)
-        x, changed = compose(a, channel, selected, row_of)
+        terms = remap_terms(h, channel, row_of, members)
+        x, changed = compose(a, channel, selected, row_of, opened, terms)
         coefficient = scale * (x - a)
         # Where it is zero nothing is added: an infinite row entry or scale must not turn "no change" into NaN.
         delta += torch.where((coefficient != 0)[:, None], coefficient[:, None] * row.write, 0.0)
@@ -122,7 +175,8 @@ def edit_layer(
         z = members(digest).float()
         edited = z.clone()
         for index, channel in channels:
-            edited[:, index], changed = compose(z[:, index], channel, selected, row_of)
+            terms = remap_terms(h, channel, row_of, members)
+            edited[:, index], changed = compose(z[:, index], channel, selected, row_of, opened, terms)
             fired |= torch.where(edited[:, index] != z[:, index], changed, 0)
         delta += effect(digest, z, edited)
     norm, size = h.norm(dim=-1), delta.norm(dim=-1)
@@ -145,33 +199,83 @@ def _read(h: Tensor, channel: Channel, row: Row, members: Callable[[str], Tensor
         return zero, h.norm(dim=-1)
     if channel.read is ReadKind.DOT:
         return h @ row.read, one
+    return _latent(h, channel.read, channel.row, row, members)
+
+
+def _latent(
+    h: Tensor, read: ReadKind, key: str, row: Row, members: Callable[[str], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """The latent's activation ``[n]``, and the SAE's per-token scale of what it writes."""
     assert row.input_norm in INPUT_NORMS
     view = normalise(h, row.input_norm)
     scale = view.scale.squeeze(-1)
-    if channel.read is ReadKind.LATENT:
+    if read is ReadKind.LATENT:
         u = view.x @ row.read
         return torch.relu(row.mag_scale * u + row.mag_bias) * (u + row.gate_bias > row.threshold), scale
-    digest, index = parse_feature_key(channel.row)
+    digest, index = parse_feature_key(key)
     if members is None:
-        raise ValueError(f"{channel.row} needs the activations of its whole dictionary")
+        raise ValueError(f"{key} needs the activations of its whole dictionary")
     return members(digest)[:, index].float(), scale
 
 
-def compose(a: Tensor, channel: Channel, selected: Tensor, row_of: Callable[[str], Row]) -> tuple[Tensor, Tensor]:
-    """The channel's ops on ``a [n]``, in order: final x ``[n]`` and the int64 bits ``[n]`` of who changed it."""
+def remap_terms(
+    h: Tensor, channel: Channel, row_of: Callable[[str], Row], members: Callable[[str], Tensor] | None
+) -> list[Tensor]:
+    """Per op of the channel, what a remap adds to alpha·x: beta·s + gamma·b ``[n]``; zeros for other ops."""
+    found = []
+    for op in channel.ops:
+        term = h.new_zeros(len(h))
+        if op.kind is OpKind.REMAP and op.beta != 0.0:
+            term = term + op.beta * _unit(h, op, row_of(channel.row), row_of)
+        if op.kind is OpKind.REMAP and op.source:
+            term = term + op.gamma * _latent(h, channel.read, op.source, row_of(op.source), members)[0]
+        found.append(term)
+    return found
+
+
+def _unit(h: Tensor, op: Op, row: Row, row_of: Callable[[str], Row]) -> Tensor:
+    """s ``[n]`` of the op, on a latent with these rows."""
+    if op.unit is UnitKind.ABSOLUTE:
+        return h.new_ones(len(h))
+    assert row.input_norm in INPUT_NORMS
+    view = normalise(h, row.input_norm)
+    if op.unit is UnitKind.RESIDUAL_NORM:
+        scale = view.scale.squeeze(-1).expand(len(h))
+        return torch.where(scale != 0, h.norm(dim=-1) / scale, 0.0)
+    mean = row_of(op.mean)
+    return (view.x @ mean.read + mean.gate_bias).abs()
+
+
+def compose(
+    a: Tensor,
+    channel: Channel,
+    selected: Tensor,
+    row_of: Callable[[str], Row],
+    opened: Tensor | None = None,
+    terms: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """The channel's ops on ``a [n]``, in order: final x ``[n]`` and the int64 bits ``[n]`` of who changed it.
+
+    ``opened`` says where the layer's gates are open, ``terms`` are those of :func:`remap_terms`.
+    """
     x = a
     changed = torch.zeros(len(a), dtype=torch.int64, device=a.device)
-    for op in channel.ops:
+    for i, op in enumerate(channel.ops):
         acts = selected[op.selector]
+        if op.scope >= 0:
+            acts = acts & selected[op.scope]
+        for gate in op.gates:
+            assert opened is not None, "an op behind a gate needs to know where that is open"
+            acts = acts & opened[gate]
         if op.only_if_active:
             acts = acts & (a != 0)
-        mapped = torch.where(acts, _map(x, op, row_of), x)
+        mapped = torch.where(acts, _map(x, op, row_of, terms[i] if terms else None), x)
         changed |= torch.where(mapped != x, 1 << op.intervention, 0)
         x = mapped
     return x, changed
 
 
-def _map(x: Tensor, op: Op, row_of: Callable[[str], Row]) -> Tensor:
+def _map(x: Tensor, op: Op, row_of: Callable[[str], Row], term: Tensor | None) -> Tensor:
     """What the op makes of the values ``x [n]``."""
     if op.kind is OpKind.RANGE:
         return torch.where((x > 0) & (op.lo <= x) & (x <= op.hi), 0.0, x)
@@ -180,6 +284,9 @@ def _map(x: Tensor, op: Op, row_of: Callable[[str], Row]) -> Tensor:
         low, inverse_width, n_bins = row[0], row[1], int(row[2])
         place = ((x - low) * inverse_width).floor().clamp(0, n_bins - 1).long()
         return x * (1.0 - op.strength * row[TABLE_HEADER + place])
+    if op.kind is OpKind.REMAP:
+        assert term is not None, "a remap needs its unit and its source"
+        return (op.alpha * x + term).clamp(op.lo, op.hi)
     return (op.alpha * x + op.beta).clamp(op.lo, op.hi)
 
 
@@ -200,6 +307,10 @@ def row_source(vectors: Mapping[str, bytes], saes: Mapping[str, SAE]) -> Callabl
         if key.startswith("v:"):
             values = torch.frombuffer(bytearray(vectors[key]), dtype=torch.float32)
             return Row(values, values)
+        if key.startswith("m:"):
+            sae = saes[key.removeprefix("m:")]
+            mean, bias = mean_pre_activation(sae)
+            return Row(mean, torch.zeros_like(mean), float(bias), input_norm=sae.input_norm)
         digest, index = parse_feature_key(key)
         sae = saes[digest]
         rows = sae.rows([index])
@@ -214,6 +325,16 @@ def row_source(vectors: Mapping[str, bytes], saes: Mapping[str, SAE]) -> Callabl
         )
 
     return row_of
+
+
+def mean_pre_activation(sae: SAE) -> tuple[Tensor, Tensor]:
+    """``(row [d], bias [])``, fp32: row · x̃ + bias is the mean over all latents of the SAE's pre-activations."""
+    total, bias = torch.zeros(sae.d_model, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for start in range(0, sae.n_features, MEAN_CHUNK):
+        rows = sae.rows(range(start, min(start + MEAN_CHUNK, sae.n_features)))
+        total += rows.encoder.double().sum(dim=0)
+        bias += rows.gate_bias.double().sum()
+    return (total / sae.n_features).float(), (bias / sae.n_features).float()
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,11 @@ import math
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Literal
 
 import msgspec
 
+from interventions.maps import gates
 from interventions.selectors import Selector
 
 TABLE_HEADER = 3
@@ -83,7 +85,7 @@ class UnitKind(IntEnum):
     ABSOLUTE = 0
     """s = 1."""
     RESIDUAL_NORM = 1
-    """s = ||h|| / c, c the SAE's own per-token scale of what it writes."""
+    """s = ||h|| / c, c the SAE's own per-token scale of what it writes; 0 where c is."""
     PREACT_MEAN = 2
     """s = |mean over all latents of their pre-activations|: one row's dot product with the SAE's input, plus its bias."""
 
@@ -123,6 +125,18 @@ class Gate(msgspec.Struct, frozen=True, array_like=True):
     def over_sequence(self) -> bool:
         """Whether earlier tokens matter: then hit bits are remembered by position."""
         return self.kind is not GateKind.TRIGGER
+
+    @property
+    def rule(self) -> gates.Gate:
+        """The statistic and its threshold; ValueError for a trigger, which has none."""
+        if self.kind is GateKind.TRIGGER:
+            raise ValueError("a trigger looks at single tokens: it has no statistic")
+        if self.kind is GateKind.WINDOW:
+            return gates.WindowGate(self.threshold, self.window, self.least, self.latch, self.include_bos)
+        if self.kind is GateKind.CUSUM:
+            return gates.CusumGate(self.threshold, self.k, self.reset, self.latch, self.include_bos)
+        over: Literal["prompt", "seen"] = "prompt" if self.kind is GateKind.SHARE_PROMPT else "seen"
+        return gates.ShareGate(self.threshold, over, self.least, self.latch, self.include_bos)
 
 
 class Op(msgspec.Struct, frozen=True, array_like=True):
@@ -226,14 +240,19 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
 
         put(SEMANTICS_VERSION, self.refuse_over_dose)
         put_floats(self.max_dose)
+        selectors = [selector.to_bytes() for selector in self.selectors]
+        hashed = [hashlib.sha256(selector).hexdigest() for selector in selectors]
         for layer in self.layers:
             put("layer", layer.layer)
+            for one in layer.gates:  # their numbers are those of the hit bits that are kept with the KV cache
+                put("listens")
+                sha.update(msgspec.msgpack.encode(one))
             for channel in layer.channels:
                 put("channel", int(channel.read), channel.row)
                 for op in channel.ops:
                     put("op", op.only_if_active)
                     put_floats(op.alpha, op.beta, op.lo, op.hi)
-                    sha.update(self.selectors[op.selector].to_bytes())
+                    sha.update(selectors[op.selector])
                     if op.kind is not OpKind.AFFINE:  # affine ops came first: their digests stay what they were
                         put("kind", int(op.kind), op.table)
                         put_floats(op.strength)
@@ -241,11 +260,9 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
                         put(op.source, int(op.unit), op.mean)
                         put_floats(op.gamma)
                     if op.scope >= 0:
-                        put("scope")
-                        sha.update(self.selectors[op.scope].to_bytes())
+                        put("scope", hashed[op.scope])
                     for gate in op.gates:
-                        put("gate")
-                        sha.update(msgspec.msgpack.encode(layer.gates[gate]))
+                        put("gate", gate)
         return sha.hexdigest()
 
 

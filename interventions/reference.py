@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from interventions.errors import InterventionError
-from interventions.oracle import LayerResult, edit_layer, read_latents, row_source, select
+from interventions.oracle import GateFacts, LayerResult, edit_layer, listen, read_latents, row_source, select
 from interventions.program import LayerProgram, Payload, Read
 from sae_weights.sae import SAE
 
@@ -36,12 +37,14 @@ class Forward:
     Attributes:
         logits: fp32 ``[t, vocab]``.
         layers: layer → what the program did there, for the t tokens.
+        gates: layer → what its gates did, in the program's order.
         readings: per inspection of the payload, the readings of the tokens that it selects.
     """
 
     logits: Tensor
     layers: Mapping[int, LayerResult]
     readings: list[list[Reading]]
+    gates: Mapping[int, tuple[GateFacts, ...]] = field(default_factory=dict)
 
     def stats(self, intervention: int, layer: int) -> Stats:
         """Receipt numbers of intervention ``intervention`` (its index in the request) at ``layer``."""
@@ -81,6 +84,7 @@ class _Pass:
     prompt_len: int
     layers: dict[int, LayerResult] = field(default_factory=dict)
     readings: dict[int, list[Reading]] = field(default_factory=dict)
+    gates: dict[int, tuple[GateFacts, ...]] = field(default_factory=dict)
 
 
 class ReferenceExecutor:
@@ -116,7 +120,7 @@ class ReferenceExecutor:
         with self._hooked(state):
             output = self.model(input_ids=ids[None].to(self.model.device), use_cache=False)
         readings = [state.readings[i] for i in range(len(payload.reads))]
-        return Forward(output.logits[0].float().cpu(), state.layers, readings)
+        return Forward(output.logits[0].float().cpu(), state.layers, readings, state.gates)
 
     def generate(
         self,
@@ -165,15 +169,19 @@ class ReferenceExecutor:
     def _edit(self, state: _Pass, edit: LayerProgram, h: Tensor) -> Tensor:
         program = state.payload.program
         assert program is not None
+        rows = cache(row_source(program.vectors, self.saes))
+        members = cache(lambda digest: self.saes[digest].encode(h.float()))
+        opened, state.gates[edit.layer] = listen(h.float(), edit, rows, members, state.prompt_len)
         result = edit_layer(
             h.float(),
             edit,
             state.selected,
-            row_source(program.vectors, self.saes),
-            lambda digest: self.saes[digest].encode(h.float()),
+            rows,
+            members,
             program.max_dose,
             program.refuse_over_dose,
             lambda digest, z, edited: self.saes[digest].delta(h.float(), z, edited),
+            opened,
         )
         if bool(result.over.any()):
             token = int(result.over.nonzero()[0])

@@ -25,6 +25,7 @@ from interventions.fields import (
     one_of,
 )
 from interventions.items import Common, Item, first_fault, join
+from interventions.remap_spec import Remap
 from interventions.suppress_spec import InlineConcept, Suppress
 from interventions.wording import choices, nearest, printable, show
 
@@ -36,6 +37,7 @@ __all__ = [
     "Inspect",
     "Intervention",
     "InterventionSpec",
+    "Remap",
     "Steer",
     "Suppress",
     "join",
@@ -46,7 +48,7 @@ __all__ = [
 
 MODES = ("add", "normalized", "project_out", "cap")
 OPS = ("set", "scale", "add", "clamp", "ablate")
-NOT_BUILT = ("remap", "rules")
+NOT_BUILT = ("rules",)
 """Types of the HTTP contract that this version refuses by name."""
 
 
@@ -204,11 +206,16 @@ class Inspect(Item):
         return self
 
 
-Intervention = Steer | EditFeatures | Suppress
+Intervention = Steer | EditFeatures | Suppress | Remap
 InterventionSpec = Annotated[Intervention, Field(discriminator="type")]
 """The union as a field type, for a model that embeds it."""
 
-BUILT: dict[str, type[Intervention]] = {"steer": Steer, "edit_features": EditFeatures, "suppress": Suppress}
+BUILT: dict[str, type[Intervention]] = {
+    "steer": Steer,
+    "edit_features": EditFeatures,
+    "suppress": Suppress,
+    "remap": Remap,
+}
 """Type name → model, for every intervention of this version."""
 
 

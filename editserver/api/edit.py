@@ -19,11 +19,12 @@ from interventions.spec import parse_inspect, parse_interventions
 
 
 class Choice:
-    """One output sequence as far as it was delivered."""
+    """One output sequence as far as it was delivered; ``compiled`` is what its prompt made of the request."""
 
-    def __init__(self, index: int, prompt: Sequence[int]) -> None:
+    def __init__(self, index: int, prompt: Sequence[int], compiled: Compiled) -> None:
         self.index = index
         self.prompt = prompt
+        self.compiled = compiled
         self.output: list[int] = []
         self.journal: Journal | None = None
         self.cached: int | None = None
@@ -66,7 +67,7 @@ class Edit:
     """The edits and inspections of one HTTP request, shared by all its choices.
 
     Attributes:
-        compiled: what the fields mean.
+        compiled: what the fields mean, whatever the prompt.
         inspect_as_list: whether ``inspect`` was a list (``inspection`` mirrors it).
     """
 
@@ -75,6 +76,7 @@ class Edit:
     inspect_as_list: bool
     prompts: list[Sequence[int]] = field(default_factory=list)
     choices: dict[int, Choice] = field(default_factory=dict)
+    _resolved: list[Compiled] = field(default_factory=list)
     _admitted: int = 0
 
     @classmethod
@@ -86,7 +88,7 @@ class Edit:
         """
         specs, reads = parse_interventions(interventions), parse_inspect(inspect)
         compiled = compile_request(specs, reads, state.catalogue)
-        releases.append(state.capacity.reserve(compiled.payload().row_keys))
+        releases.append(state.capacity.reserve(compiled.row_keys))
         for kind in {spec.type for spec in specs} | ({"inspect"} if reads else set()):
             metrics.REQUESTS.labels(kind).inc()
         return cls(state, compiled, isinstance(inspect, list))
@@ -104,15 +106,16 @@ class Edit:
             message = "prompt embeddings cannot be combined with interventions or inspect: their tokens are unknown"
             raise InterventionError("unsupported_with_interventions", message, "prompt_embeds")
         self.prompts = [prompt for prompt in prompts if prompt is not None]
+        self._resolved = [self.compiled.resolved(prompt) for prompt in self.prompts]
 
     def admit(self, params: Any) -> None:
         """Put the payload into the sampling parameters of the next prompt, once its selectors are known to select."""
-        prompt = self.prompts[self._admitted]
+        prompt, compiled = self.prompts[self._admitted], self._resolved[self._admitted]
         self._admitted += 1
         if not self.travels:
             return
-        check_selectable(self.compiled, prompt, params.max_tokens)
-        params.extra_args = {**(params.extra_args or {}), KEY: self.compiled.payload().to_bytes()}
+        check_selectable(compiled, prompt, params.max_tokens)
+        params.extra_args = {**(params.extra_args or {}), KEY: compiled.payload().to_bytes()}
         if self.compiled.inspects_prompt:
             params.skip_reading_prefix_cache = True
 
@@ -129,7 +132,8 @@ class Edit:
             index = output.index + prompt_index * n
             choice = self.choices.get(index)
             if choice is None:
-                choice = self.choices[index] = Choice(index, self.prompts[prompt_index])
+                prompt, compiled = self.prompts[prompt_index], self._resolved[prompt_index]
+                choice = self.choices[index] = Choice(index, prompt, compiled)
             if result.prompt_token_ids is not None:
                 choice.prompt = result.prompt_token_ids
             # With several sequences per prompt, vLLM reports the cached tokens of one of them only.
@@ -191,7 +195,7 @@ class Edit:
 
     def receipt(self, choice: Choice) -> dict[str, Any]:
         """The receipt of ``choice``."""
-        return build_receipt(self.compiled, choice.journal, choice.tokens, len(choice.prompt), choice.computed_from)
+        return build_receipt(choice.compiled, choice.journal, choice.tokens, len(choice.prompt), choice.computed_from)
 
     def attach(self, response: Any) -> None:
         """Put every choice's parts into a whole response: at top level for one choice, else inside each."""

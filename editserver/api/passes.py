@@ -155,7 +155,7 @@ async def run(
     specs, reads = parse_interventions(interventions), parse_inspect(inspect)
     edit = Edit(state, compile_request(specs, reads, state.catalogue), isinstance(inspect, list))
     edit.set_prompts([prompt.token_ids for prompt in prompts])
-    release = state.capacity.reserve(edit.compiled.payload().row_keys)
+    release = state.capacity.reserve(edit.compiled.row_keys)
     try:
         params = [_admitted(edit, prompt, logprobs, prompt_logprobs) for prompt in prompts]
         async with asyncio.TaskGroup() as group:

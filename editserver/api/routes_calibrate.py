@@ -17,7 +17,7 @@ from editserver.api.passes import MAX_CALIBRATION_PROMPTS, Passes, Prompt, Text,
 from editserver.api.state import EditState, editing
 from interventions.errors import InterventionError
 from interventions.fitting.strength import REFUSED, Calibration, TargetNotReached, calibrate, kl_divergence
-from interventions.spec import EditFeatures, Steer, Suppress, parse_interventions
+from interventions.spec import BUILT, Remap, Steer, Suppress, parse_interventions
 
 router = APIRouter()
 
@@ -35,8 +35,8 @@ class CalibrateBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     intervention: Any = Field(
-        description="A steer, a suppress by app or attenuate, or an edit_features with an op set or add; its strength "
-        "(value) gives sign and first guess."
+        description="A steer, a remap, a suppress by app or attenuate, or an edit_features with an op set or add; its "
+        "strength (value) gives sign and first guess."
     )
     prompts: Annotated[list[Text], Field(min_length=1)] = Field(
         description="Texts, or chats as lists of messages.", json_schema_extra={"maxItems": MAX_CALIBRATION_PROMPTS}
@@ -69,7 +69,7 @@ class CalibrateAnswer(CurvePoint):
 def _body_schema() -> dict[str, Any]:
     """The body's JSON schema; the intervention types are among the OpenAPI components already."""
     schema = CalibrateBody.model_json_schema()
-    types = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (Steer, EditFeatures, Suppress)]
+    types = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in BUILT.values()]
     schema["properties"]["intervention"]["oneOf"] = types
     return schema
 
@@ -104,6 +104,10 @@ class Dial:
             if spec.chosen not in CALIBRATED_METHODS:
                 message = f"{spec.chosen} has no strength to calibrate; {' and '.join(CALIBRATED_METHODS)} have"
                 raise _invalid(message, "interventions[0].method")
+            if spec.strength == 0:
+                raise _invalid("0 is no strength to start from", "interventions[0].strength")
+            return cls(raw, spec.strength)
+        if isinstance(spec, Remap):
             if spec.strength == 0:
                 raise _invalid("0 is no strength to start from", "interventions[0].strength")
             return cls(raw, spec.strength)

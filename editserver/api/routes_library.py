@@ -15,6 +15,8 @@ from editserver.catalogue import ServedCatalogue
 from editserver.library import Library, Vector, concept_body, parse_concept, parse_vector
 from interventions.concepts.concept import FACTS, TENSORS, Concept
 from interventions.errors import InterventionError
+from interventions.maps.body import from_body, to_body
+from interventions.maps.map import GATES, MAX_LATENTS, UNITS, LatentMap
 from interventions.suppression import check_bins
 
 router = APIRouter()
@@ -57,6 +59,72 @@ _CONCEPT: dict[str, Any] = {
     | {name: _NUMBERS | {"description": f"Shape [{', '.join(dims.split())}]."} for name, (_, dims) in TENSORS.items()},
 }
 
+_LATENT = {"type": "integer", "minimum": 0}
+_LATENTS = {"type": "array", "items": _LATENT, "minItems": 1, "maxItems": MAX_LATENTS}
+
+_TRANSFER: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["latent"],
+    "description": "x ← clip(alpha·x + beta·s + gamma·a[source], lo, hi); a: original activations.",
+    "properties": {
+        "latent": _LATENT,
+        "alpha": {"type": "number", "default": 1},
+        "beta": {"type": "number", "default": 0},
+        "gamma": {"type": "number", "default": 0},
+        "source": _LATENT | {"description": "Exactly where gamma is not 0."},
+        "lo": {"type": "number"},
+        "hi": {"type": "number"},
+        "unit": {"enum": [unit.value for unit in UNITS], "default": "absolute", "description": "s, of beta."},
+        "only_if_active": {"type": "boolean", "default": False},
+    },
+}
+
+_MAP: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["model", "sae", "layer", "transfers"],
+    "properties": {
+        "model": {"type": "string", "description": "The served model's name (GET /v1/capabilities)."},
+        "sae": {"type": "string", "description": "Content digest of the SAE (GET /v1/saes)."},
+        "layer": _LATENT,
+        "transfers": {"type": "array", "items": _TRANSFER, "minItems": 1, "maxItems": MAX_LATENTS},
+        "scope": {
+            "type": "object",
+            "required": ["kind"],
+            "properties": {
+                "kind": {"enum": ["all", "trigger", "mentions"]},
+                "latents": _LATENTS | {"description": "trigger: tokens where any of them is active."},
+                "sequences": {"type": "array", "description": "mentions: token ids of each way to write the name."},
+                "tokens": {
+                    "enum": ["last", "all"],
+                    "description": "mentions: last token anywhere, or all in the prompt.",
+                },
+                "names": {"type": "array", "items": {"type": "string"}},
+            },
+        },
+        "gate": {
+            "type": "object",
+            "required": ["kind", "threshold", "evidence"],
+            "properties": {
+                "kind": {"enum": list(GATES)},
+                "threshold": {"type": "number", "minimum": 0},
+                "evidence": _LATENTS,
+                "over": {"enum": ["prompt", "seen"], "description": "share"},
+                "least": {"type": "integer", "description": "share over seen, window"},
+                "window": {"type": "integer", "description": "window"},
+                "k": {"type": "number", "description": "cusum"},
+                "reset": {"type": "boolean", "description": "cusum"},
+                "latch": {"type": "boolean"},
+                "include_bos": {"type": "boolean"},
+                "calibration": {"type": "object"},
+            },
+        },
+        "provenance": {"type": "object"},
+        "report": {"type": "object"},
+    },
+}
+
 
 def _parse_vector(raw: Any, catalogue: ServedCatalogue) -> Vector:
     return parse_vector(raw, catalogue.d_model, catalogue.n_layers)
@@ -70,6 +138,12 @@ def _parse_concept(raw: Any, catalogue: ServedCatalogue) -> Concept:
     except InterventionError as error:
         raise InterventionError("invalid_artifact", f"posterior: {error}", "posterior") from None
     return concept
+
+
+def _parse_map(raw: Any, catalogue: ServedCatalogue) -> LatentMap:
+    found = from_body(raw)
+    catalogue.dictionary_of_map(found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,6 +168,7 @@ class Kind:
 KINDS = (
     Kind("vectors", lambda catalogue: catalogue.library, _parse_vector, Vector.body, _VECTOR),
     Kind("concepts", lambda catalogue: catalogue.concepts, _parse_concept, concept_body, _CONCEPT),
+    Kind("maps", lambda catalogue: catalogue.maps, _parse_map, to_body, _MAP),
 )
 
 

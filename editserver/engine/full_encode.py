@@ -20,7 +20,7 @@ import torch
 from editserver.engine.kernel_cpu import compose_joint
 from editserver.engine.plan import Plan
 from editserver.engine.resident import LayerTable, Use
-from editserver.engine.rows import FULL_ENCODE_BLOCK, Dictionaries
+from editserver.engine.rows import FULL_ENCODE_BLOCK, Dictionaries, RowBank
 
 CHUNK_TOKENS, CHUNK_ELEMENTS = 256, 1 << 23
 """What is held at a time, whichever is less: tokens, and activations (32 MiB of them)."""
@@ -63,6 +63,15 @@ def serve(demands: Sequence[Demand], dictionaries: Dictionaries, h: torch.Tensor
                 demand.take(slice(a, b), acts if b - a == len(chunk) else acts[torch.from_numpy(rows)])
 
 
+def acting(selected: Array, masks: Array, opened: Array | None = None) -> Array:
+    """bool ``[n]``: tokens with all bits of some pair of ``masks [k, 2]`` set: selectors, and gates as far as ``opened`` says."""
+    acts: Array = np.zeros(len(selected), np.bool_)
+    for need, gates in masks:
+        here = selected & need == need
+        acts |= here if opened is None else here & (opened & gates == gates)
+    return acts
+
+
 @dataclass(frozen=True)
 class Composed:
     """What the full-encode path hands to the kernel, for the n planned tokens.
@@ -85,18 +94,30 @@ class Composed:
         return cls(members, np.zeros((n_joint, d_model), np.float32), np.zeros(n_joint, np.uint64))
 
     def demands(
-        self, table: LayerTable, plan: Plan, dictionaries: Dictionaries, h: torch.Tensor, bank_read: Array
+        self,
+        table: LayerTable,
+        plan: Plan,
+        dictionaries: Dictionaries,
+        h: torch.Tensor,
+        bank: RowBank,
+        opened: Array | None = None,
     ) -> list[Demand]:
         """What ``table``'s programs need to know of ``h [n, d]`` before the kernel runs; taking it fills this object.
 
-        ``bank_read`` are the bank's read rows, where gain tables lie.
+        Asked twice where there are gates: without ``opened`` for all but the JOINT channels behind gates, and with it
+        (uint64 ``[n]``, gates open at each token) for those, whose activations are edited as soon as they are there.
         """
         found: list[Demand] = []
+        now = np.zeros(plan.n, np.uint64) if opened is None else opened
         for segment in plan.segments:
             for use in table.uses.get(segment.index, ()):
-                tokens = np.flatnonzero(plan.selected[segment.tokens] & use.selectors) + segment.tokens.start
+                later = use.joint and use.behind_gates
+                if later != (opened is not None):
+                    continue
+                here = acting(plan.selected[segment.tokens], use.masks, now[segment.tokens] if later else None)
+                tokens = np.flatnonzero(here) + segment.tokens.start
                 if use.joint:
-                    take = self._joint_taker(use, tokens, table, plan, dictionaries, h, bank_read)
+                    take = self._joint_taker(use, tokens, table, plan, dictionaries, h, bank, now)
                 else:
                     take = self._member_taker(use, tokens)
                 found.append(Demand(use.digest, tokens, take))
@@ -118,24 +139,27 @@ class Composed:
         plan: Plan,
         dictionaries: Dictionaries,
         h: torch.Tensor,
-        bank_read: Array,
+        bank: RowBank,
+        opened: Array,
     ) -> Take:
         def take(here: slice, z: torch.Tensor) -> None:
             stretch, edited = tokens[here], z.clone()
             touched = np.zeros(len(stretch), np.bool_)
             compose_joint(
+                h.numpy(),
+                dictionaries.input_norm(use.digest),
+                table.width,
                 stretch,
                 plan.selected,
+                opened,
                 use.features,
                 use.targets,
-                table.ops,
-                table.kind,
-                table.values,
-                table.table,
-                table.active,
-                table.selector,
-                table.intervention,
-                bank_read,
+                table.channel_ops,
+                table.remaps,
+                *table.ops,
+                bank.read.numpy(),
+                bank.gate.numpy(),
+                z.numpy(),
                 edited.numpy(),
                 self.joint_fired,
                 touched,
@@ -149,10 +173,10 @@ class Composed:
 
 def warm_up_joint() -> None:
     """Compile what the first JOINT channel would otherwise wait for."""
-    none, ints = np.zeros(0, np.int64), np.zeros(0, np.int8)
-    bits, flags = np.zeros(0, np.uint64), np.zeros(0, np.bool_)
-    slots, values, z = np.zeros(0, np.int32), np.zeros((0, 5), np.float32), np.zeros((0, 1), np.float32)
-    pointer, bank = np.zeros(1, np.int32), np.zeros((1, 1), np.float32)
+    none, ints, wide = np.zeros(0, np.int64), np.zeros(0, np.int8), np.zeros(0, np.uint64)
+    flags, pointer, rows = np.zeros(0, np.bool_), np.zeros(1, np.int32), np.zeros((1, 1), np.float32)
+    ops = (ints, np.zeros((0, 6), np.float32), np.zeros((0, 3), np.int32), ints, flags, wide, wide, ints)
+    z = np.zeros((0, 1), np.float32)
     compose_joint(
-        none, bits, none, none, pointer, ints, values, slots, flags, ints, ints, bank, z, bits.copy(), flags.copy()
+        z, 0, 0, none, wide, wide, none, none, pointer, flags, *ops, rows, rows, z, z.copy(), wide.copy(), flags.copy()
     )

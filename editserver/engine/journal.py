@@ -38,6 +38,13 @@ class Journal:
         self.error: InterventionError | None = None
         program = payload.program
         self._layers = {} if program is None else {lp.layer: i for i, lp in enumerate(program.layers)}
+        gates = (
+            [(lp.layer, i) for lp in program.layers for i, g in enumerate(lp.gates) if g.over_sequence]
+            if program
+            else []
+        )
+        self._gates = {place: i for i, place in enumerate(gates)}
+        self._heard: tuple[tuple[int, float], ...] = ((-1, 0.0),) * len(gates)
         self._seen: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._fired: npt.NDArray[np.uint64] = np.zeros((len(self._layers), 0), np.uint64)
         self._dose: npt.NDArray[np.float32] = np.zeros((len(self._layers), 0), np.float32)
@@ -60,6 +67,7 @@ class Journal:
         here = slice(record.start, record.start + record.n)
         self._reserve(here.stop)
         self._seen[here] = True
+        self._heard = record.gates
         if self._layers:
             shape = (len(self._layers), record.n)
             self._fired[:, here] = np.frombuffer(record.fired, np.uint64).reshape(shape)
@@ -103,6 +111,16 @@ class Journal:
         if not len(doses):
             return Stats(0, 0.0, 0.0, 0)
         return Stats(int(fired.sum()), float(doses.mean(dtype=np.float64)), float(doses.max()), clamped)
+
+    def gate(self, layer: int, gate: int) -> tuple[int | None, float]:
+        """Sequence gate number ``gate`` of the program at ``layer``: first position at which it was open (None: never) and
+        the largest statistic so far, over cached positions too.
+
+        Raises:
+            KeyError: there is no such gate, or it is a trigger.
+        """
+        open_from, statistic = self._heard[self._gates[layer, gate]]
+        return (None if open_from < 0 else open_from), statistic
 
     def readings(self, read: int, start: int, stop: int) -> list[tuple[int, list[tuple[int, float]]]]:
         """Readings of inspection ``read`` for the positions in ``[start, stop)`` that it selects, in order.

@@ -4,32 +4,35 @@ Semantics (``interventions.program`` has the definitions), as a plain loop over 
 
     for token t, for channel c of t's program at this layer, in order:
         a = read_c(h[t]);  x = a
-        for op in ops(c), in order: if selected(op, t) and (a != 0 or not op.only_if_active): x = op(x)
+        for op in ops(c), in order: if acts(op, t) and (a != 0 or not op.only_if_active): x = op(x)
         delta[t] += scale_c(t) * (x - a) * write_c
 
-Before it, :func:`compose_joint` edits the activations of SAEs whose decoder is not additive; their delta comes as a whole.
+``acts`` are two masks: every bit of ``op_need`` among the token's selectors, every bit of ``op_gates`` among the gates that
+are open there. Before it, :func:`compose_joint` edits the activations of SAEs whose decoder is not additive; their delta
+comes as a whole.
 
 A token's result depends on nothing but its own h and its own program: batch composition, chunking and neighbours cannot
 change a bit, and prefill and decode run the same instructions in the same order, so a threshold never flips between
 them. One thread on purpose: the work is a few per mille of the model's own, and a second thread pool would fight with
-vLLM's pinned OpenMP threads.
+vLLM's pinned OpenMP threads. One file, too: what numba keeps on disk of a function is renewed when its own file changes,
+not when one that it calls from does.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from interventions.program import TABLE_HEADER, OpKind, ReadKind
+from interventions.program import TABLE_HEADER, OpKind, ReadKind, UnitKind
 
 F32 = npt.NDArray[np.float32]
 
 NONE, NORM, DOT, LATENT, MEMBER, JOINT = (int(k) for k in ReadKind)
 AFFINE, RANGE, GAIN, REMAP = (int(k) for k in OpKind)
+ABSOLUTE, RESIDUAL_NORM, PREACT_MEAN = (int(k) for k in UnitKind)
 POSTERIORS = TABLE_HEADER
 PLAIN_INPUT, NORM_RESCALE, LAYER_NORM, UNIT_NORM, CENTRE = range(5)
 """How an SAE normalises its input, per token."""
@@ -105,32 +108,102 @@ def _gain(x: np.float32, strength: np.float32, table: F32) -> np.float32:
 
 
 @_jit
-def _compose(
+def _terms(
     a: np.float32,
     bits: np.uint64,
+    opened: np.uint64,
     first: int,
     last: int,
     op_kind: npt.NDArray[np.int8],
     op_values: F32,
-    op_table: npt.NDArray[np.int32],
+    op_slots: npt.NDArray[np.int32],
+    op_unit: npt.NDArray[np.int8],
     op_active: npt.NDArray[np.bool_],
-    op_selector: npt.NDArray[np.int8],
+    op_need: npt.NDArray[np.uint64],
+    op_gates: npt.NDArray[np.uint64],
+    norm: np.float32,
+    scale: np.float32,
+    view: F32,
+    whole: F32,
+    row: int,
+    bank_read: F32,
+    bank_gate: F32,
+    mean_slot: npt.NDArray[np.int64],
+    mean: F32,
+    terms: F32,
+) -> None:
+    """What the remaps among the ops that act on a token add to alpha·x: ``terms[o - first]`` = beta·s + gamma·b.
+
+    Args:
+        norm, scale, view: ||h||, the SAE's scale of what it writes, and its view of h.
+        whole, row: sources index this row of original activations, where they were computed elsewhere; row -1: they are
+            bank slots.
+        mean_slot, mean: ``[1]``, the mean pre-activation that was last computed for this token (slot -1: none).
+    """
+    for o in range(first, last):
+        if op_kind[o] != REMAP or bits & op_need[o] != op_need[o] or opened & op_gates[o] != op_gates[o]:
+            continue
+        if op_active[o] and a == 0:
+            continue
+        term = np.float32(0.0)
+        beta = op_values[o, 1]
+        if beta != 0:
+            if op_unit[o] == ABSOLUTE:
+                term = beta
+            elif op_unit[o] == RESIDUAL_NORM:
+                if scale != 0:
+                    term = beta * (norm / scale)
+            else:
+                slot = op_slots[o, 2]
+                if mean_slot[0] != slot:
+                    mean[0] = abs(_dot(bank_read[slot], view) + bank_gate[slot, 0])
+                    mean_slot[0] = slot
+                term = beta * mean[0]
+        source = op_slots[o, 1]
+        if source >= 0:
+            if row >= 0:
+                term += op_values[o, 5] * whole[row, source]
+            else:
+                term += op_values[o, 5] * np.float32(_activation(_dot(bank_read[source], view), bank_gate[source]))
+        terms[o - first] = term
+
+
+@_jit
+def _compose(
+    a: np.float32,
+    bits: np.uint64,
+    opened: np.uint64,
+    first: int,
+    last: int,
+    op_kind: npt.NDArray[np.int8],
+    op_values: F32,
+    op_slots: npt.NDArray[np.int32],
+    op_unit: npt.NDArray[np.int8],
+    op_active: npt.NDArray[np.bool_],
+    op_need: npt.NDArray[np.uint64],
+    op_gates: npt.NDArray[np.uint64],
     op_intervention: npt.NDArray[np.int8],
     bank_read: F32,
+    terms: F32,
 ) -> tuple[np.float32, np.uint64]:
-    """The ops ``first … last`` on ``a``, in order, as far as ``bits`` selects them: x, and bits of who changed it."""
+    """The ops ``first … last`` on ``a``, in order, as far as they act: x, and bits of who changed it.
+
+    ``terms`` are those of :func:`_terms`; read for remaps only.
+    """
     x = a
     changed = np.uint64(0)
     for o in range(first, last):
-        if not (bits >> np.uint64(op_selector[o])) & np.uint64(1):
+        if bits & op_need[o] != op_need[o] or opened & op_gates[o] != op_gates[o]:
             continue
         if op_active[o] and a == 0:
             continue
         new = x
         if op_kind[o] == AFFINE:
             new = min(max(op_values[o, 0] * x + op_values[o, 1], op_values[o, 2]), op_values[o, 3])
+        elif op_kind[o] == REMAP:
+            new = min(max(op_values[o, 0] * x + terms[o - first], op_values[o, 2]), op_values[o, 3])
         elif op_kind[o] == GAIN:
-            new = _gain(x, op_values[o, 4], bank_read[op_table[o]])
+            new = _gain(x, op_values[o, 4], bank_read[op_slots[o, 0]])
         elif x > 0 and op_values[o, 2] <= x <= op_values[o, 3]:
             new = np.float32(0.0)
         if new != x:
@@ -141,52 +214,106 @@ def _compose(
 
 @_jit
 def compose_joint(
+    h: F32,
+    norm_kind: int,
+    width: int,
     tokens: npt.NDArray[np.int64],
     token_selected: npt.NDArray[np.uint64],
+    token_open: npt.NDArray[np.uint64],
     features: npt.NDArray[np.int64],
     channels: npt.NDArray[np.int64],
     channel_ops: npt.NDArray[np.int32],
+    channel_remaps: npt.NDArray[np.bool_],
     op_kind: npt.NDArray[np.int8],
     op_values: F32,
-    op_table: npt.NDArray[np.int32],
+    op_slots: npt.NDArray[np.int32],
+    op_unit: npt.NDArray[np.int8],
     op_active: npt.NDArray[np.bool_],
-    op_selector: npt.NDArray[np.int8],
+    op_need: npt.NDArray[np.uint64],
+    op_gates: npt.NDArray[np.uint64],
     op_intervention: npt.NDArray[np.int8],
     bank_read: F32,
+    bank_gate: F32,
     z: F32,
+    edited: F32,
     fired: npt.NDArray[np.uint64],
     touched: npt.NDArray[np.bool_],
 ) -> None:
     """Edit all activations of one SAE for one request: what a non-additive decoder must see as a whole.
 
     Args:
-        tokens: planned tokens that the rows of ``z`` belong to, ``[m]``; they index ``token_selected`` and ``fired``.
+        h: pre-edit residual stream of all planned tokens, fp32 ``[n, d]``.
+        norm_kind: how the SAE normalises its input.
+        width: most ops of one channel.
+        tokens: planned tokens that the rows of ``z`` belong to, ``[m]``; they index ``h``, ``token_selected``,
+            ``token_open`` and ``fired``.
         features, channels: the latents with JOINT channels, and where these stand in ``channel_ops``.
-        z: activations ``[m, n_features]``, edited in place.
+        z, edited: original activations ``[m, n_features]``, and a copy that is edited in place.
         fired: ORed with the bits of the interventions that changed a latent of the token.
         touched: output ``[m]``, whether any latent of the token ends with another value than it had.
     """
+    terms = np.empty(width, np.float32)
+    scratch = np.empty(h.shape[1], np.float32)
+    mean_slot, mean = np.empty(1, np.int64), np.empty(1, np.float32)
     for r in range(tokens.shape[0]):
         t = tokens[r]
         touched[r] = False
+        norm = np.float32(-1.0)
+        scale = np.float32(1.0)
+        view = h[t]
         for j in range(features.shape[0]):
             a = z[r, features[j]]
             c = channels[j]
+            if channel_remaps[c]:
+                if norm < 0:
+                    norm = np.float32(math.sqrt(_dot(h[t], h[t])))
+                    mean_slot[0] = -1
+                    if norm_kind != PLAIN_INPUT:
+                        scale = _normalise(h[t], norm_kind, scratch)
+                        view = scratch
+                _terms(
+                    a,
+                    token_selected[t],
+                    token_open[t],
+                    channel_ops[c],
+                    channel_ops[c + 1],
+                    op_kind,
+                    op_values,
+                    op_slots,
+                    op_unit,
+                    op_active,
+                    op_need,
+                    op_gates,
+                    norm,
+                    scale,
+                    view,
+                    z,
+                    r,
+                    bank_read,
+                    bank_gate,
+                    mean_slot,
+                    mean,
+                    terms,
+                )
             x, changed = _compose(
                 a,
                 token_selected[t],
+                token_open[t],
                 channel_ops[c],
                 channel_ops[c + 1],
                 op_kind,
                 op_values,
-                op_table,
+                op_slots,
+                op_unit,
                 op_active,
-                op_selector,
+                op_need,
+                op_gates,
                 op_intervention,
                 bank_read,
+                terms,
             )
             if x != a:
-                z[r, features[j]] = x
+                edited[r, features[j]] = x
                 fired[t] |= changed
                 touched[r] = True
 
@@ -196,6 +323,8 @@ def edit_tokens(
     h: F32,
     token_program: npt.NDArray[np.int32],
     token_selected: npt.NDArray[np.uint64],
+    token_open: npt.NDArray[np.uint64],
+    width: int,
     members: F32,
     joint: F32,
     joint_fired: npt.NDArray[np.uint64],
@@ -205,11 +334,14 @@ def edit_tokens(
     channel_norm: npt.NDArray[np.int8],
     channel_member: npt.NDArray[np.int32],
     channel_ops: npt.NDArray[np.int32],
+    channel_remaps: npt.NDArray[np.bool_],
     op_kind: npt.NDArray[np.int8],
     op_values: F32,
-    op_table: npt.NDArray[np.int32],
+    op_slots: npt.NDArray[np.int32],
+    op_unit: npt.NDArray[np.int8],
     op_active: npt.NDArray[np.bool_],
-    op_selector: npt.NDArray[np.int8],
+    op_need: npt.NDArray[np.uint64],
+    op_gates: npt.NDArray[np.uint64],
     op_intervention: npt.NDArray[np.int8],
     program_dose: F32,
     program_refuses: npt.NDArray[np.bool_],
@@ -228,12 +360,15 @@ def edit_tokens(
         h: pre-edit residual stream, fp32 ``[n, d]``.
         token_program: which program each token runs ``[n]``; -1 for none.
         token_selected: bit s set = selector s of that program selects the token ``[n]``.
+        token_open: bit g set = gate g of that program at this layer is open at the token ``[n]``.
+        width: most ops of one channel.
         members: activations of latents whose membership was decided elsewhere, ``[n, m]``.
         joint, joint_fired: what the JOINT channels do to each token ``[n, d]``, and who did it ``[n]`` (0: nothing is
             there to read); both empty when no program has any.
         program_channels: CSR ``[programs + 1]`` into the channel arrays ``[channels]``.
-        channel_ops: CSR ``[channels + 1]`` into the op arrays ``[ops]``; ``op_values`` is (alpha, beta, lo, hi, strength),
-            ``op_table`` the bank slot of a gain table (-1 for other ops).
+        channel_ops: CSR ``[channels + 1]`` into the op arrays ``[ops]``; ``op_values`` is (alpha, beta, lo, hi, strength, gamma),
+            ``op_slots`` the bank slots of a gain table, a remap's source (MEMBER: column of ``members``) and its mean row
+            (-1 where there is none); ``channel_remaps`` says whether any op of a channel is a remap.
         program_dose, program_refuses: bound on ||delta||/||h||, and whether exceeding it is an error.
         bank_read, bank_write, bank_gate: ``[slots, d]``, ``[slots, d]``, ``[slots, 4]``.
         delta, fired, dose, flags, written: outputs, ``[n, d]`` and ``[n]``; fully overwritten.
@@ -241,6 +376,8 @@ def edit_tokens(
     n, d = h.shape
     views = np.empty((CENTRE + 1, d), np.float32)
     back = np.empty(CENTRE + 1, np.float32)
+    terms = np.empty(width, np.float32)
+    mean_slot, mean = np.empty(1, np.int64), np.empty(1, np.float32)
     n_written = 0
     for t in range(n):
         fired[t] = 0
@@ -257,6 +394,8 @@ def edit_tokens(
         dt = delta[t]
         norm = np.float32(-1.0)
         back[:] = np.float32(-1.0)
+        mean_slot[0] = -1
+        bits, opened = token_selected[t], token_open[t]
         any_write = False
         if joint.shape[0] and joint_fired[t] != 0:
             fired[t] = joint_fired[t]
@@ -266,12 +405,12 @@ def edit_tokens(
             kind = channel_read[c]
             if kind == JOINT:
                 continue
-            selected = False
+            acts = False
             for o in range(channel_ops[c], channel_ops[c + 1]):
-                if (token_selected[t] >> np.uint64(op_selector[o])) & np.uint64(1):
-                    selected = True
+                if bits & op_need[o] == op_need[o] and opened & op_gates[o] == op_gates[o]:
+                    acts = True
                     break
-            if not selected:
+            if not acts:
                 continue
             slot = channel_slot[c]
             scale = np.float32(1.0)
@@ -294,18 +433,49 @@ def edit_tokens(
                     a = members[t, channel_member[c]]
                 else:
                     a = np.float32(_activation(_dot(bank_read[slot], view), bank_gate[slot]))
+                if channel_remaps[c]:
+                    if norm < 0:
+                        norm = np.float32(math.sqrt(_dot(ht, ht)))
+                    _terms(
+                        a,
+                        bits,
+                        opened,
+                        channel_ops[c],
+                        channel_ops[c + 1],
+                        op_kind,
+                        op_values,
+                        op_slots,
+                        op_unit,
+                        op_active,
+                        op_need,
+                        op_gates,
+                        norm,
+                        scale,
+                        view,
+                        members,
+                        t if kind == MEMBER else -1,
+                        bank_read,
+                        bank_gate,
+                        mean_slot,
+                        mean,
+                        terms,
+                    )
             x, changed = _compose(
                 a,
-                token_selected[t],
+                bits,
+                opened,
                 channel_ops[c],
                 channel_ops[c + 1],
                 op_kind,
                 op_values,
-                op_table,
+                op_slots,
+                op_unit,
                 op_active,
-                op_selector,
+                op_need,
+                op_gates,
                 op_intervention,
                 bank_read,
+                terms,
             )
             coefficient = scale * (x - a)
             if coefficient == 0:
@@ -360,51 +530,25 @@ def read_latents(h: F32, slots: npt.NDArray[np.int32], norm: int, bank_read: F32
 
 
 @_jit
-def select_tokens(
-    query_start: npt.NDArray[np.int32],
-    positions: npt.NDArray[np.int64],
-    token_ids: npt.NDArray[Any],
-    row_request: npt.NDArray[np.int32],
-    request_selectors: npt.NDArray[np.int32],
-    selector_intervals: npt.NDArray[np.int32],
-    intervals: npt.NDArray[np.int32],
-    selector_ids: npt.NDArray[np.int32],
-    wanted_ids: npt.NDArray[np.int32],
-    selector_bos: npt.NDArray[np.bool_],
-    token_index: npt.NDArray[np.int64],
-    token_request: npt.NDArray[np.int32],
-    token_selected: npt.NDArray[np.uint64],
-) -> int:
-    """The step's plan: which tokens of the flat batch belong to requests with a program, and what selects them.
-
-    Bit s of ``token_selected`` is set when selector s of the token's own request holds at the token's own position.
-    Rows of the batch are ``query_start[r] … query_start[r + 1]``; ``row_request[r]`` is the resident request or -1.
-    ``intervals`` is ``[k, 2]``; selectors of request q are ``request_selectors[q] … request_selectors[q + 1]``.
-    Returns the number of planned tokens (prefix of the three outputs).
-    """
-    n = 0
-    for r in range(row_request.shape[0]):
-        q = row_request[r]
-        if q < 0:
-            continue
-        for t in range(query_start[r], query_start[r + 1]):
-            bits = np.uint64(0)
-            position = positions[t]
-            for s in range(request_selectors[q], request_selectors[q + 1]):
-                hit = False
-                for k in range(selector_intervals[s], selector_intervals[s + 1]):
-                    if intervals[k, 0] <= position < intervals[k, 1]:
-                        hit = True
-                        break
-                if not hit and (position > 0 or selector_bos[s]):
-                    for k in range(selector_ids[s], selector_ids[s + 1]):
-                        if wanted_ids[k] == token_ids[t]:
-                            hit = True
-                            break
-                if hit:
-                    bits |= np.uint64(1) << np.uint64(s - request_selectors[q])
-            token_index[n] = t
-            token_request[n] = q
-            token_selected[n] = bits
-            n += 1
-    return n
+def hit_tokens(
+    h: F32,
+    tokens: npt.NDArray[np.int64],
+    slots: npt.NDArray[np.int32],
+    norm: int,
+    bit: np.uint64,
+    bank_read: F32,
+    bank_gate: F32,
+    hits: npt.NDArray[np.uint64],
+) -> None:
+    """Set ``bit`` in ``hits[t]`` for those of ``tokens`` at which any of the latents in ``slots`` (of one SAE) is active."""
+    scratch = np.empty(h.shape[1], np.float32)
+    for r in range(tokens.shape[0]):
+        t = tokens[r]
+        view = h[t]
+        if norm != PLAIN_INPUT:
+            _normalise(h[t], norm, scratch)
+            view = scratch
+        for j in range(slots.shape[0]):
+            if _activation(_dot(bank_read[slots[j]], view), bank_gate[slots[j]]) != 0:
+                hits[t] |= bit
+                break

@@ -10,18 +10,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from editserver.engine.kernel_cpu import select_tokens
+from editserver.engine.kernel_plan import select_tokens
 from editserver.engine.resident import Resident, ResidentSet
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens of one request in this step: a slice of the plan's compact arrays, at consecutive positions."""
+    """The tokens of one request in this step: a slice of the plan's compact arrays, at consecutive positions.
+
+    ``row`` is the request's row of the batch.
+    """
 
     resident: Resident
     index: int
     tokens: slice
     first_position: int
+    row: int
 
 
 class Plan:
@@ -100,7 +104,10 @@ class Plan:
                 continue
             segment = slice(at, at + stop - start)
             resident = residents.requests[request_ids[row]]
-            self.segments.append(Segment(resident, q, segment, int(positions[start])))
+            first = int(positions[start])
+            self.segments.append(Segment(resident, q, segment, first, row))
+            if resident.history is not None:
+                self._selected[segment] |= resident.history.take(first, token_ids[start:stop])
             at = segment.stop
         self.dense = self.n > 0 and int(self._index[self.n - 1]) == self.n - 1
         self.active = self.n > 0

@@ -10,6 +10,7 @@ import torch
 import sae_weights
 from editserver.engine.config import EngineConfig
 from editserver.engine.kernel_cpu import INPUT_NORMS
+from interventions.oracle import mean_pre_activation
 from interventions.program import parse_feature_key
 
 FULL_ENCODE_BLOCK = 16
@@ -22,6 +23,7 @@ class Dictionaries:
     def __init__(self, config: EngineConfig) -> None:
         self._saes: dict[str, sae_weights.SAE] = {}
         self._full: set[str] = set()
+        self._means: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for source in config.saes:
             sae = source.open()
             self._saes[sae.digest] = sae
@@ -65,6 +67,12 @@ class Dictionaries:
             raise ValueError(f"the full-encode path is off for the SAE {digest[:12]}…")
         return self[digest]
 
+    def mean(self, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(row [d], bias [])`` of the SAE's mean pre-activation; reads the whole encoder once."""
+        if digest not in self._means:
+            self._means[digest] = mean_pre_activation(self[digest])
+        return self._means[digest]
+
     def input_norm(self, digest: str) -> int:
         """How the SAE normalises its input, as the kernel's code."""
         return INPUT_NORMS[self[digest].input_norm]
@@ -97,6 +105,10 @@ class RowBank:
                 self.read[slot] = values
                 self.write[slot] = values
                 self.gate[slot] = 0.0
+            elif key.startswith("m:"):
+                self.read[slot], bias = self._dictionaries.mean(key.removeprefix("m:"))
+                self.write[slot] = 0.0
+                self.gate[slot] = torch.tensor([float(bias), 0.0, 0.0, 0.0])
             else:
                 digest, index = parse_feature_key(key)
                 features[digest].append((index, slot))

@@ -28,6 +28,9 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     """uint8 ``[layers, n]``: 1 where the dose was scaled down, 2 where it exceeds a refusing program's bound."""
     reads: tuple[tuple[bytes, bytes, bytes], ...] = ()
     """Per inspection: float32 ``[n, features]``, then top-k int32 ``[n, k]`` and float32 ``[n, k]``."""
+    gates: tuple[tuple[int, float], ...] = ()
+    """Per sequence gate, the program's layers in order: first position at which it was open (-1: never) and its largest
+    statistic, over all the request's tokens up to this step's last."""
 
 
 _records = msgspec.msgpack.Decoder(list[StepRecord])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 
 from editserver.engine.config import EngineConfig
 from editserver.engine.full_encode import Composed, Demand, serve, warm_up_joint
+from editserver.engine.gates import Blocks, Hearing, HitMemory
+from editserver.engine.history import History
 from editserver.engine.journal import NOT_SELECTED
-from editserver.engine.kernel_cpu import PLAIN_INPUT, edit_tokens, read_latents
+from editserver.engine.kernel_cpu import PLAIN_INPUT, edit_tokens, hit_tokens, read_latents
 from editserver.engine.plan import Plan, Segment
 from editserver.engine.resident import LayerTable, Resident, ResidentSet
 from editserver.engine.rows import Dictionaries, RowBank
@@ -72,15 +75,24 @@ class EngineWorker:
         self._outcomes: dict[int, LayerOutcome] = {}
         self._readings: dict[tuple[int, int], Reading] = {}
         self._delta = np.zeros((max_tokens, d_model), np.float32)
+        self._closed = np.zeros(max_tokens, np.uint64)
+        self._memory = HitMemory()
+        self._blocks: Blocks | None = None
         self._counting = False
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    def add_request(self, request_id: str, payload: Payload, slots: list[int], prompt_len: int) -> None:
-        """Make a request resident and its rows present. ``slots[i]`` belongs to ``payload.row_keys[i]``."""
+    def add_request(
+        self, request_id: str, payload: Payload, slots: list[int], prompt_len: int, prompt: Sequence[int] = ()
+    ) -> None:
+        """Make a request resident and its rows present. ``slots[i]`` belongs to ``payload.row_keys[i]``.
+
+        ``prompt`` are its ``prompt_len`` tokens; programs that look for mentions need them.
+        """
         keys = payload.row_keys
         self.bank.upload(keys, slots, payload.program.vectors if payload.program else {})
-        self.residents.add(Resident(request_id, payload, prompt_len, dict(zip(keys, slots, strict=True))))
+        resident = Resident(request_id, payload, prompt_len, dict(zip(keys, slots, strict=True)))
+        self.residents.add(replace(resident, history=History.of(resident.selectors, prompt)))
 
     def remove_request(self, request_id: str) -> None:
         """Forget a finished or aborted request."""
@@ -94,8 +106,13 @@ class EngineWorker:
         query_start: npt.NDArray[np.int32],
         positions: npt.NDArray[np.int64],
         token_ids: Array,
+        blocks: Blocks | None = None,
     ) -> None:
-        """Plan the forward pass that follows; arguments as in :meth:`Plan.build`."""
+        """Plan the forward pass that follows; arguments as in :meth:`Plan.build`, and where the batch's KV lies.
+
+        Without ``blocks``, a request behind a sequence gate must be computed from position 0 on.
+        """
+        self._blocks = blocks
         self._outcomes.clear()
         self._readings.clear()
         self.plan.build(self.residents, request_ids, query_start, positions, token_ids)
@@ -149,9 +166,15 @@ class EngineWorker:
             edited = h
         else:
             composed = Composed.empty(plan.n, self.d_model, table)
-            demands += composed.demands(table, plan, self.dictionaries, h, self.bank.read.numpy())
+            demands += composed.demands(table, plan, self.dictionaries, h, self.bank)
+            opened = self._closed[: plan.n]
+            if table.listeners:
+                hearing = Hearing(layer, table, plan, self._memory, self._blocks)
+                serve(demands + hearing.demands(h, self.bank), self.dictionaries, h)
+                opened = hearing.open()
+                demands = composed.demands(table, plan, self.dictionaries, h, self.bank, opened)
             serve(demands, self.dictionaries, h)
-            edited = self._edit(layer, table, composed, h, at, hidden, residual)
+            edited = self._edit(layer, table, composed, opened, h, at, hidden, residual)
         serve(self._read([(i, n, read) for i, n, read in reads if read.after], edited), self.dictionaries, edited)
 
     def _edit(
@@ -159,6 +182,7 @@ class EngineWorker:
         layer: int,
         table: LayerTable,
         composed: Composed,
+        opened: Array,
         h: torch.Tensor,
         at: slice | torch.Tensor,
         hidden: torch.Tensor,
@@ -172,6 +196,8 @@ class EngineWorker:
             h.numpy(),
             self.plan.request,
             self.plan.selected,
+            opened,
+            table.width,
             composed.members,
             composed.joint,
             composed.joint_fired,
@@ -180,13 +206,9 @@ class EngineWorker:
             table.slot,
             table.norm,
             table.member,
-            table.ops,
-            table.kind,
-            table.values,
-            table.table,
-            table.active,
-            table.selector,
-            table.intervention,
+            table.channel_ops,
+            table.remaps,
+            *table.ops,
             self.residents.dose,
             self.residents.refuses,
             self.bank.read.numpy(),
@@ -287,7 +309,18 @@ class EngineWorker:
             b"".join(o.dose[tokens].tobytes() for o in outcomes),
             b"".join(o.flags[tokens].tobytes() for o in outcomes),
             tuple(reads),
+            tuple(self._gates(segment.resident)),
         )
+
+    @staticmethod
+    def _gates(resident: Resident) -> Iterator[tuple[int, float]]:
+        """What the record says of each sequence gate."""
+        program = resident.payload.program
+        for layer in program.layers if program else ():
+            for number, gate in enumerate(layer.gates):
+                if gate.over_sequence:
+                    track = resident.tracks[layer.layer, number]
+                    yield track.open_from, track.largest
 
     # -- proof --------------------------------------------------------------------------------------------------
 
@@ -311,5 +344,7 @@ class EngineWorker:
         out = np.empty((2, 1), np.float32)
         gate, rows = self.bank.gate.numpy(), self.bank.read.numpy()
         read_latents(hidden.float().numpy(), np.zeros(1, np.int32), PLAIN_INPUT, rows, gate, out)
+        none = np.zeros(0, np.int64), np.zeros(0, np.int32)
+        hit_tokens(hidden.float().numpy(), *none, PLAIN_INPUT, np.uint64(1), rows, gate, np.zeros(2, np.uint64))
         if not all(self.dictionaries[digest].additive for digest in self.dictionaries.digests):
             warm_up_joint()

@@ -1,8 +1,9 @@
-"""What a server keeps under names: steering vectors and concepts, versioned and content-addressed."""
+"""What a server keeps under names: steering vectors, concepts and maps, versioned and content-addressed."""
 
 from __future__ import annotations
 
 from editserver.library.concepts import ConceptLibrary, concept_body, parse_concept
+from editserver.library.maps import MapLibrary
 from editserver.library.store import NAME, Library, Listing
 from editserver.library.vectors import MAX_NOTES_BYTES, Vector, VectorLibrary, parse_vector
 
@@ -12,6 +13,7 @@ __all__ = [
     "ConceptLibrary",
     "Library",
     "Listing",
+    "MapLibrary",
     "Vector",
     "VectorLibrary",
     "concept_body",

@@ -161,6 +161,14 @@ def update(gate: Gate, state: GateState, hits: npt.ArrayLike, prompt_len: int | 
     Returns:
         ``(open, state)``, open: bool ``[n]``.
     """
+    opened, _, after = advance(gate, state, hits, prompt_len)
+    return opened, after
+
+
+def advance(
+    gate: Gate, state: GateState, hits: npt.ArrayLike, prompt_len: int | None = None
+) -> tuple[Bits, Floats, GateState]:
+    """:func:`update`, with the statistic at each token in between: ``(open [n], statistic [n], state)``."""
     bits = np.asarray(hits, dtype=np.bool_)
     if bits.ndim != 1:
         raise ValueError(f"expected one bit per token, got shape {list(bits.shape)}")
@@ -170,7 +178,7 @@ def update(gate: Gate, state: GateState, hits: npt.ArrayLike, prompt_len: int | 
         opened |= state.open  # decided in an earlier chunk
     if gate.latch:
         opened = np.logical_or.accumulate(opened) | state.open
-    return opened, replace(after, open=bool(opened[-1]) if len(bits) else state.open)
+    return opened, statistic, replace(after, open=bool(opened[-1]) if len(bits) else state.open)
 
 
 def statistic(gate: Gate, hits: npt.ArrayLike, prompt_len: int | None = None) -> float:
@@ -215,6 +223,9 @@ def _statistics(gate: Gate, state: GateState, bits: Bits, prompt_len: int | None
 
 def _window(window: int, state: GateState, counted: Bits, evidence: Bits) -> tuple[Integers, int]:
     """Hits among the last ``window`` evidence tokens at each token, and the bits that the next chunk needs."""
+    if len(evidence) == 1 and evidence[0]:  # decoding: no need to spell the window out
+        recent = (state.recent << 1 | int(counted[0])) & ((1 << window) - 1)
+        return np.array([recent.bit_count()], np.int64), recent
     held = min(state.seen, window)
     before = np.array([state.recent >> i & 1 for i in range(held - 1, -1, -1)], np.int64)
     line = np.concatenate([before, counted[evidence].astype(np.int64)])

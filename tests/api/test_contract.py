@@ -33,8 +33,8 @@ def test_capabilities_publish_layers_limits_types_and_schemas(http: httpx.Client
     minimum = {"interventions": 32, "instructions": 1024, "rows": 1024, "rules": 64, "propositions": 128}
     minimum |= {"inspected_features": 256, "top_k": 128, "bank_rows": 8192}
     assert body["limits"].items() >= minimum.items()
-    assert body["intervention_types"] == ["steer", "edit_features", "suppress"]
-    assert set(body["schemas"]) == {"steer", "edit_features", "suppress", "inspect"}
+    assert body["intervention_types"] == ["steer", "edit_features", "suppress", "remap"]
+    assert set(body["schemas"]) == {"steer", "edit_features", "suppress", "remap", "inspect"}
     assert RELU in [sae["id"] for sae in body["saes"]]
 
 
@@ -68,7 +68,8 @@ def test_features_show_what_is_known_and_null_for_what_is_not(http: httpx.Client
         (f"/v1/saes/{RELU}/features/-1", "unknown_feature"),
         ("/v1/library/vectors/nope", "unknown_vector"),
         ("/v1/library/vectors/..%2F..%2Fetc", None),
-        ("/v1/library/maps", None),
+        ("/v1/library/rulesets", None),
+        ("/v1/library/maps/nope", "unknown_map"),
         ("/v1/library/concepts/nope", "unknown_concept"),
         ("/v1/jobs/1", None),
     ],

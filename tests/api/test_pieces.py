@@ -40,6 +40,7 @@ from editserver.engine.journal import Journal
 from editserver.engine.rows import Dictionaries
 from editserver.engine.wire import StepRecord
 from editserver.settings import DoseBound, Settings, SettingsError
+from interventions.compile import Compiled
 from interventions.errors import InterventionError
 from interventions.program import Payload
 from sae_weights.formats import save_native
@@ -164,7 +165,7 @@ def test_capacity_refuses_what_never_fits_and_what_would_wait_too_long() -> None
 
 
 def choice(journal: Journal | None, n_prompt: int = 5, n_output: int = 3, cached: int | None = 0) -> Choice:
-    made = Choice(0, list(range(n_prompt)))
+    made = Choice(0, list(range(n_prompt)), Compiled(None, ()))
     made.output = list(range(n_output))
     made.journal, made.cached = journal, cached
     return made

@@ -56,6 +56,18 @@ RECEIPT = {
             "dose_max": 0.63,
             "clamped": 0,
         },
+        {
+            "id": "forget",
+            "type": "remap",
+            "layer": 15,
+            "tokens_edited": 3,
+            "gate": {"kind": "share", "over": "prompt", "threshold": 0.1, "statistic": 0.25, "open_from": 11},
+        },
+        {
+            "id": "gone",
+            "type": "remap",
+            "gate": {"kind": "cusum", "threshold": 2.0, "statistic": 0.5, "open_from": None},
+        },
         {"id": "6", "type": "rules", "fired": [{"rule": "r1", "conclusion": "dangerous", "position": 17}]},
     ],
 }
@@ -114,6 +126,10 @@ def test_chat_sends_the_contract_and_reads_text_receipt_and_readings(server: Any
     assert answer.receipt.entry("quiet").dose_max == 0.63
     assert answer.receipt.entry("0").layers[10].fired == 4
     assert answer.receipt.entry("6").fired == [{"rule": "r1", "conclusion": "dangerous", "position": 17}]
+    gate = answer.receipt.entry("forget").gate
+    assert (gate.kind, gate.over, gate.threshold, gate.statistic, gate.open_from) == ("share", "prompt", 0.1, 0.25, 11)
+    assert answer.receipt.entry("gone").gate.open_from is None
+    assert answer.receipt.entry("quiet").gate is None
     with pytest.raises(KeyError, match="quiet"):
         answer.receipt.entry("loud")
     assert answer.readings.tokens[0].activation(88) == 6.1

@@ -114,6 +114,10 @@ def test_the_example_of_the_contract_is_reproduced_exactly() -> None:
             },
         ),
         (
+            Remap("forget-paris", tokens="generated", id="u"),
+            {"type": "remap", "id": "u", "tokens": "generated", "map": "forget-paris"},
+        ),
+        (
             Suppress("sports", strength=1.5),
             {"type": "suppress", "concept": "sports", "strength": 1.5},
         ),
@@ -196,6 +200,9 @@ def test_selectors_take_the_form_of_the_contract(selector: Any, expected: Any) -
         (lambda: Suppress(InlineConcept(SAE, [1]), method="app"), "only a fitted one"),
         (lambda: Suppress("c", tau=1.0), "tau belongs to method range"),
         (lambda: Suppress("c", method="range", tau=-1.0), "greater than or equal to 0"),
+        (lambda: Remap("m", strength=-1), "greater than or equal to 0"),
+        (lambda: Remap(""), "at least 1 character"),
+        (lambda: Remap("m", scope="all"), "scope"),
         (lambda: InlineConcept(SAE, [1, 2], mu=[1]), "1 entries for 2 features"),
         (lambda: InlineConcept(SAE, [1, 2], sigma=[1, -1]), "not below 0"),
         (lambda: InlineConcept(SAE, [1], sigma=-2), "not below 0"),

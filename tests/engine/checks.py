@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from editserver.library import Vector, VectorLibrary
+from tests.engine import gate_checks
 from tests.engine.lab import DIFFERENT, Driver, Lab, chunked, plain, scarce, set_features, steer, watched
 from tests.engine.shadow import assert_edited_where_asked
 from tests.engine.support import BLOCK, Ask, prompt_of
@@ -296,3 +297,12 @@ def churn(lab: Lab, seed: int, requests: int = 18, blocks: int | None = None) ->
         if kind.interventions:
             lab.assert_edit_shows(kind, lab.alone(kind))
     lab.assert_nothing_left()
+
+
+# -- gates ------------------------------------------------------------------------------------------------------------
+
+gated_prefix, gated_chunks, gated_preempted = (
+    gate_checks.gated_prefix,
+    gate_checks.gated_chunks,
+    gate_checks.gated_preempted,
+)

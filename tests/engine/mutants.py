@@ -71,8 +71,8 @@ def _plans_from(patch: pytest.MonkeyPatch, change: Callable[..., Sequence[str]])
 
     healthy = EngineWorker.begin_step
 
-    def begin_step(self: Any, request_ids: list[str], query_start: Any, positions: Any, token_ids: Any) -> None:
-        healthy(self, list(change(self, request_ids, query_start, positions)), query_start, positions, token_ids)
+    def begin_step(self: Any, request_ids: list[str], query_start: Any, positions: Any, *rest: Any) -> None:
+        healthy(self, list(change(self, request_ids, query_start, positions)), query_start, positions, *rest)
 
     patch.setattr(EngineWorker, "begin_step", begin_step)
 
@@ -136,6 +136,25 @@ def _phase_per_step(patch: pytest.MonkeyPatch, lab: Lab) -> None:
     patch.setattr(plan, "select_tokens", select)
 
 
+def _gates_forget_prefixes(patch: pytest.MonkeyPatch, lab: Lab) -> None:
+    """Behind a prefix hit, gates begin as if nothing had been hit before."""
+    from editserver.engine.gates import HitMemory
+
+    patch.setattr(HitMemory, "of", lambda self, layer, blocks: np.zeros(blocks.n_slots, np.uint64))
+
+
+def _gates_begin_with_each_chunk(patch: pytest.MonkeyPatch, lab: Lab) -> None:
+    """Every step is a sequence of its own to a gate."""
+    from editserver.engine.gates import Hearing, Track
+    from interventions.maps.gates import GateState
+
+    def fresh(self: Any, segment: Any, listener: Any) -> Track:
+        track = segment.resident.tracks[self._layer, listener.number] = Track(GateState(segment.first_position))
+        return track
+
+    patch.setattr(Hearing, "_track", fresh)
+
+
 MUTANTS = {
     "no salt": Mutant(
         _no_salt,
@@ -172,5 +191,14 @@ MUTANTS = {
         "content_not_name",
         {},
         "test_prefix_cache.test_a_vector_that_changed_under_its_name_shares_nothing_with_its_past",
+    ),
+    "gates forget what a cached prefix held": Mutant(
+        _gates_forget_prefixes, "gated_prefix", {}, "test_gates.test_a_prefix_hit_brings_the_state_of_the_gates_with_it"
+    ),
+    "gates begin anew with every chunk": Mutant(
+        _gates_begin_with_each_chunk,
+        "gated_chunks",
+        {"size": 17},
+        "test_gates.test_gates_open_at_the_same_token_at_every_chunk_size",
     ),
 }

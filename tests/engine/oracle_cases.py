@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from interventions.maps.gates import Gate
+from interventions.maps.map import Scope, SequenceGate
+from interventions.maps.transfer import Transfer
+
 Json = dict[str, Any]
 
 
@@ -35,6 +39,15 @@ class Lab(Protocol):
 
     def concept(self, sae: str, n: int, seed: int = 0) -> str:
         """Name of a library concept of the ``n`` most active latents, its tables over their own range."""
+
+    def map(self, sae: str, transfers: Sequence[Transfer], scope: Scope, gate: SequenceGate | None) -> str:
+        """Name of a library map of these parts."""
+
+    def tokens(self, text: str) -> list[int]:
+        """Its token ids."""
+
+    def statistic(self, sae: str, evidence: Sequence[int], gate: Gate, prompt: int) -> float:
+        """The gate's largest statistic over prompt number ``prompt``."""
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,8 @@ class Engine:
 
     def compile(self, ask: Ask) -> Compiled:
         """The request's compiled form, as the API would make it."""
-        return compile_request(parse_interventions(list(ask.interventions)), parse_inspect(ask.inspect), self.catalogue)
+        parsed = parse_interventions(list(ask.interventions)), parse_inspect(ask.inspect)
+        return compile_request(*parsed, self.catalogue).resolved(ask.prompt)
 
     def params(self, ask: Ask, compiled: Compiled) -> Any:
         """vLLM's sampling parameters for the request."""

@@ -389,13 +389,21 @@ def test_each_transfer_maps_every_value_as_the_oracle_does(kind: OpKind) -> None
         op = Op(1.0, 0.0, float(lo), float(hi), False, 0, 0, kind)
     if kind is OpKind.GAIN:
         op = Op(1.0, 0.0, -math.inf, math.inf, False, 0, 0, kind, 1.7, "table")
+    if kind is OpKind.REMAP:
+        op = Op(-0.5, 0.75, -3.0, 4.0, False, 0, 0, kind)
     row = torch.from_numpy(bank[0])
     want, _ = compose(
-        x, Channel(ReadKind.LATENT, "", (op,)), torch.ones(1, len(x), dtype=torch.bool), lambda _: Row(row, row)
+        x,
+        Channel(ReadKind.LATENT, "", (op,)),
+        torch.ones(1, len(x), dtype=torch.bool),
+        lambda _: Row(row, row),
+        terms=[torch.full_like(x, 0.75)],
     )
-    ops = np.array([kind], np.int8), np.array([[op.alpha, op.beta, op.lo, op.hi, op.strength]], np.float32)
-    none = np.zeros(1, np.int32), np.zeros(1, np.bool_), np.zeros(1, np.int8), np.zeros(1, np.int8)
-    got = [kernel_compose(a, np.uint64(1), 0, 1, *ops, *none, bank) for a in x.numpy()]
+    ops = np.array([kind], np.int8), np.array([[op.alpha, op.beta, op.lo, op.hi, op.strength, 0.0]], np.float32)
+    rest = np.zeros((1, 3), np.int32), np.zeros(1, np.int8), np.zeros(1, np.bool_)
+    masks = np.ones(1, np.uint64), np.zeros(1, np.uint64), np.zeros(1, np.int8)
+    term = np.full(1, 0.75, np.float32)
+    got = [kernel_compose(a, np.uint64(1), np.uint64(0), 0, 1, *ops, *rest, *masks, bank, term) for a in x.numpy()]
     torch.testing.assert_close(torch.tensor([value for value, _ in got]), want, rtol=1e-6, atol=1e-6)
     assert [bool(changed) for _, changed in got] == (want != x).tolist()
 

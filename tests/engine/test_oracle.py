@@ -15,15 +15,18 @@ from typing import Any
 import pytest
 import torch
 
-from editserver.library import ConceptLibrary
+from editserver.library import ConceptLibrary, MapLibrary
 from interventions.errors import InterventionError
+from interventions.maps.gates import Gate, statistic
+from interventions.maps.map import LatentMap, Scope, SequenceGate
+from interventions.maps.transfer import Transfer, hit
 from interventions.reference import Forward, ReferenceExecutor
 from tests.concepts.samples import made_concept
-from tests.engine import oracle_cases, suppress_cases
+from tests.engine import oracle_cases, remap_cases, suppress_cases
 from tests.engine.oracle_cases import Case
 from tests.engine.support import Answer, Ask, Engine
 
-CASES = [*oracle_cases.CASES, *suppress_cases.CASES]
+CASES = [*oracle_cases.CASES, *suppress_cases.CASES, *remap_cases.CASES]
 TEXTS = (
     "The capital of France is Paris, and the river that runs through Paris is called the Seine. Tourists love",
     "Water boils at one hundred degrees, but on a high mountain it boils sooner because the air",
@@ -140,6 +143,18 @@ class MeasuredLab:
         self.catalogue.concepts.put(name, concept)
         return name
 
+    def map(self, sae: str, transfers: Sequence[Transfer], scope: Scope, gate: SequenceGate | None) -> str:
+        served = self.catalogue.sae(sae)
+        found = LatentMap("demo", served.sae.digest, served.layer, tuple(transfers), scope, gate)
+        self.catalogue.maps.put(found.digest[:20], found)
+        return found.digest[:20]
+
+    def tokens(self, text: str) -> list[int]:
+        return list(self.catalogue.encode_text(text))
+
+    def statistic(self, sae: str, evidence: Sequence[int], gate: Gate, prompt: int) -> float:
+        return statistic(gate, hit(self._activations(sae)[prompt][:, list(evidence)]))
+
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
@@ -168,7 +183,8 @@ def outcomes(
     engine: Engine, reference: ReferenceExecutor, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Outcome]:
     """Every case on the engine, by name; the engine's requests run together, those of one dose policy per call."""
-    engine.catalogue.concepts = ConceptLibrary(tmp_path_factory.mktemp("library"))
+    library = tmp_path_factory.mktemp("library")
+    engine.catalogue.concepts, engine.catalogue.maps = ConceptLibrary(library), MapLibrary(library)
     lab = MeasuredLab(engine, reference, prompts)
     asks = {case.name: _ask(case, lab, prompts) for case in CASES}
     assert len(asks) == len(CASES)
@@ -213,6 +229,22 @@ def test_the_answer_is_the_reference_executors(outcomes: dict[str, Outcome], cas
         assert difference >= 0.1
     else:
         assert difference < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("case", remap_cases.CASES, ids=[case.name for case in remap_cases.CASES])
+def test_the_gates_are_the_reference_executors(outcomes: dict[str, Outcome], case: Case) -> None:
+    """The same statistic to the last bit, open from the same token on; and those that are meant to open do, but not at once."""
+    outcome = outcomes[case.name]
+    journal, program = outcome.answer.journal, outcome.answer.compiled.program
+    if journal is None or program is None:
+        return
+    assert isinstance(outcome.expected, Forward)
+    for layer in program.layers:
+        facts = outcome.expected.gates[layer.layer]
+        for number, gate in enumerate(layer.gates):
+            if gate.over_sequence:
+                assert journal.gate(layer.layer, number) == (facts[number].open_from, facts[number].statistic)
+                assert (facts[number].open_from is not None) == case.changes
 
 
 @cases()

@@ -15,6 +15,7 @@ from interventions.compile import Compiled, compile_request
 from interventions.concepts.concept import Concept
 from interventions.errors import InterventionError
 from interventions.limits import Limits
+from interventions.maps.map import LatentMap
 from interventions.spec import parse_inspect, parse_interventions
 from sae_weights.sae import SAE, Hook
 from tests.concepts.samples import made_concept
@@ -82,6 +83,7 @@ class Server:
     vectors: dict[str, Mapping[int, Any]] = field(default_factory=dict)
     concepts: dict[str, tuple[str, Concept]] = field(default_factory=dict)
     """Name → the SAE that it was fitted on, and the concept."""
+    maps: dict[str, LatentMap] = field(default_factory=dict)
 
     def sae(self, name: str) -> Offered:
         if name not in self.saes:
@@ -98,6 +100,12 @@ class Server:
             raise InterventionError("unknown_concept", f"no concept {name!r}")
         sae, concept = self.concepts[name]
         return self.saes[sae], concept
+
+    def map(self, name: str) -> tuple[Offered, LatentMap]:
+        if name not in self.maps:
+            raise InterventionError("unknown_map", f"no map {name!r}")
+        found = self.maps[name]
+        return next(offered for offered in self.saes.values() if offered.sae.digest == found.sae), found
 
     def encode_text(self, text: str) -> list[int]:
         ids = []

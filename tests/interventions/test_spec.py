@@ -60,7 +60,7 @@ def test_default_id_is_the_index_and_labels_are_kept():
     assert [spec.param for spec in specs] == ["interventions[0]", "interventions[1]", "interventions[2]"]
 
 
-@pytest.mark.parametrize("kind", ["remap", "rules"])
+@pytest.mark.parametrize("kind", ["rules"])
 def test_types_that_are_not_built_are_refused_by_name(kind):
     error = error_of(parse_interventions, [STEER, {"type": kind, "anything": 1}])
     assert (error.code, error.param) == ("invalid_intervention", "interventions[1].type")
@@ -252,7 +252,7 @@ def test_numbers_are_rounded_to_float32_once():
 
 def test_schemas_describe_every_field_and_accept_null():
     published = schemas()
-    assert set(published) == {"steer", "edit_features", "suppress", "inspect"}
+    assert set(published) == {"steer", "edit_features", "suppress", "remap", "inspect"}
     json.dumps(published, allow_nan=False)
     for schema in published.values():
         assert schema["additionalProperties"] is False

@@ -66,7 +66,7 @@ from .handles import AsyncJob, AsyncJobs, Job, Jobs
 from .inspection import FeatureReading, Inspect, Inspection, TokenReading
 from .interventions import EditFeatures, InlineConcept, Intervention, Remap, Rules, Steer, Suppress
 from .jobs import ConceptFit, JobStatus, Progress
-from .receipts import Application, Receipt, ReceiptEntry
+from .receipts import Application, GateFacts, Receipt, ReceiptEntry
 from .responses import (
     ChatChoice,
     ChatResponse,
@@ -123,6 +123,7 @@ __all__ = [
     "FinishEvent",
     "Forbidden",
     "FunctionCall",
+    "GateFacts",
     "InlineConcept",
     "Inspect",
     "Inspection",

@@ -165,10 +165,14 @@ class Suppress(Common):
 
 @dataclass(frozen=True, config=STRICT)
 class Remap(Common):
-    """Apply a latent map of the library."""
+    """Map latents as a map of the library says, on the tokens of its scope that `tokens` selects, while its gate is open.
+
+    `strength` s (1 unless given) goes from the latents as they are (0) to the map's values (1): (1 − s)·x + s·map(x);
+    above 1 it overshoots.
+    """
 
     map: Name
-    strength: float | None = Field(default=None, kw_only=True)
+    strength: Annotated[float, Field(ge=0)] | None = Field(default=None, kw_only=True)
     type: Literal["remap"] = Field(default="remap", kw_only=True)
 
 

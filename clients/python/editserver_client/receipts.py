@@ -9,12 +9,27 @@ from pydantic import BaseModel
 from .inspection import ANSWER
 
 
+class GateFacts(BaseModel):
+    """What the sequence gate of a remap saw: it opens where its statistic exceeds `threshold`.
+
+    `statistic` is the largest one up to here, `open_from` the first position at which the gate was open (None: nowhere).
+    `over` (prompt, seen) says of a share what it is of.
+    """
+
+    model_config = ANSWER
+    kind: str
+    over: str | None = None
+    threshold: float
+    statistic: float
+    open_from: int | None
+
+
 class Application(BaseModel):
     """One intervention at one layer.
 
-    `tokens_edited` and `prompt_tokens_edited` count the selected positions; `fired` (non-zero delta) and the doses
-    (‖delta‖ / ‖h‖) cover the positions computed in this request, from `computed_from` on; `clamped` counts tokens that
-    the operator's dose limit scaled down.
+    `tokens_edited` and `prompt_tokens_edited` count the selected positions (of a remap, those in its mentions); `fired`
+    (non-zero delta) and the doses (‖delta‖ / ‖h‖) cover the positions computed in this request, from `computed_from` on;
+    `clamped` counts tokens that the operator's dose limit scaled down.
     """
 
     model_config = ANSWER
@@ -28,13 +43,17 @@ class Application(BaseModel):
 
 
 class ReceiptEntry(Application):
-    """One intervention of the request: numbers at `layer`, or per layer in `layers`; rules list what `fired`."""
+    """One intervention of the request: numbers at `layer`, or per layer in `layers`; rules list what `fired`.
+
+    `gate` comes with a remap behind a sequence gate.
+    """
 
     id: str
     type: str
     layer: int | None = None
     layers: dict[int, Application] | None = None
     noop: bool | None = None
+    gate: GateFacts | None = None
 
 
 class Receipt(BaseModel):

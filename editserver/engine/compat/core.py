@@ -17,6 +17,7 @@ from collections import defaultdict, deque
 from typing import Any
 
 from editserver.engine.bank import BankLedger
+from editserver.engine.compat.kv_groups import whole_group
 from editserver.engine.config import EngineConfig
 from editserver.engine.journal import Journal
 from editserver.engine.salt import edit_salt, plain_salt
@@ -69,8 +70,17 @@ def _salted(request: Any, config: EngineConfig | None) -> None:
     if payload.program is None:
         request.cache_salt = plain_salt(request.cache_salt)
         return
+    if any(selector.inside for selector in (*payload.program.selectors, *(read.selector for read in payload.reads))):
+        raise ValueError("mentions inside the prompt must be resolved to positions before a request is sent")
     prompt_len = len(request.prompt_token_ids) if payload.program.needs_prompt_len else None
     request.cache_salt = edit_salt(request.cache_salt, payload.program.digest(), prompt_len)
+
+
+def _listens(sampling_params: Any) -> bool:
+    """Whether the request has a gate that remembers."""
+    payload = payload_of(sampling_params)
+    layers = payload.program.layers if payload and payload.program else ()
+    return any(gate.over_sequence for layer in layers for gate in layer.gates)
 
 
 def _wrap_core(engine_core: Any) -> None:
@@ -79,7 +89,10 @@ def _wrap_core(engine_core: Any) -> None:
     @functools.wraps(original)
     def preprocess_add_request(self: Any, request: Any) -> Any:
         _salted(request, EngineConfig.of(self.vllm_config))
-        return original(self, request)
+        prepared = original(self, request)
+        if whole_group(self.scheduler.kv_cache_config) is None and _listens(request.sampling_params):
+            prepared[0].skip_reading_prefix_cache = True  # nothing keeps what its gates heard along with the KV
+        return prepared
 
     engine_core.preprocess_add_request = preprocess_add_request
 

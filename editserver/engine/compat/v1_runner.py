@@ -3,6 +3,8 @@
 * ``_update_states`` (:1172) tells which requests came and went;
 * after ``_prepare_inputs`` (:1920) the batch is final: row order, ``query_start_loc``, ``positions`` and ``input_ids`` are
   what the forward pass will see, so the plan is made from them and nothing else;
+* ``input_batch.block_table[group]`` (vllm/v1/worker/block_table.py) then holds the KV blocks of every row, in row order:
+  hit bits of gates are kept by KV slot;
 * ``_dummy_run`` (:5508) runs the model without a batch: nothing may be edited;
 * ``sample_tokens`` (:4304) returns the step's output, to which the records are attached.
 """
@@ -14,6 +16,8 @@ from typing import Any
 
 from editserver.engine import op
 from editserver.engine.compat.core import SLOTS
+from editserver.engine.compat.kv_groups import whole_group
+from editserver.engine.gates import Blocks
 from editserver.engine.wire import KEY
 from editserver.engine.worker import EngineWorker
 from interventions.program import Payload
@@ -28,7 +32,8 @@ def _update_requests(worker: EngineWorker, scheduler_output: Any) -> None:
             worker.remove_request(new.req_id)  # an id may come back without a program
             continue
         payload = Payload.from_bytes(extra[KEY])
-        worker.add_request(new.req_id, payload, list(extra[SLOTS]), len(new.prompt_token_ids))
+        prompt = new.prompt_token_ids
+        worker.add_request(new.req_id, payload, list(extra[SLOTS]), len(prompt), prompt)
 
 
 def _plan_step(worker: EngineWorker, runner: Any, total: int) -> None:
@@ -38,7 +43,18 @@ def _plan_step(worker: EngineWorker, runner: Any, total: int) -> None:
         runner.query_start_loc.gpu[: n_rows + 1].numpy(),
         runner.positions[:total].numpy(),
         runner.input_ids.gpu[:total].numpy(),
+        _blocks(runner),
     )
+
+
+def _blocks(runner: Any) -> Blocks | None:
+    """Where the KV of the batch's rows lies, in the group that keeps every token's."""
+    config = runner.kv_cache_config
+    group = whole_group(config)
+    if group is None:
+        return None
+    table = runner.input_batch.block_table[group]
+    return Blocks(table.get_numpy_array(), table.block_size, config.num_blocks * table.block_size)
 
 
 def install() -> None:

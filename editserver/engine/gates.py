@@ -1,0 +1,167 @@
+"""Gates at one layer: which of a request's tokens are hits, and where that opens a gate.
+
+Hits of triggers matter where they are. Hits behind a sequence gate are remembered with the KV cache, one uint64 per slot and
+layer (bit g: gate g of the layer's program), for exactly as long as the token's KV: prefix caching shares blocks between
+requests of equal salts only, whose programs are equal, so a cached block's bits mean the same to whoever reads it. Each
+resident request keeps the gates' states on top; where its tokens do not continue what the states have seen (a cached prefix,
+recomputation after a preemption), they are made anew from the bits of all its earlier positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from editserver.engine.full_encode import Demand, acting
+from editserver.engine.kernel_cpu import hit_tokens
+from editserver.engine.plan import Plan, Segment
+from editserver.engine.resident import LayerTable, Listener
+from editserver.engine.rows import RowBank
+from interventions.maps import gates
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the KV of a step's requests lies.
+
+    Attributes:
+        table: KV blocks by batch row, int32 ``[rows, blocks]``: position p lies in ``table[row, p // block_size]``.
+        block_size: tokens per block.
+        n_slots: tokens of the whole KV cache.
+    """
+
+    table: Array
+    block_size: int
+    n_slots: int
+
+    def slots(self, row: int, start: int, stop: int) -> Array:
+        """KV slots of the positions ``start … stop − 1`` of the request in ``row``, int64."""
+        positions = np.arange(start, stop)
+        blocks = self.table[row, positions // self.block_size].astype(np.int64)
+        slots: Array = blocks * self.block_size + positions % self.block_size
+        return slots
+
+
+@dataclass
+class Track:
+    """One sequence gate of one request: its state, and what receipts say.
+
+    Attributes:
+        open_from: first position at which it was open; -1 for never.
+        largest: the largest statistic so far.
+    """
+
+    state: gates.GateState = gates.START
+    open_from: int = -1
+    largest: float = 0.0
+
+    def feed(self, rule: gates.Gate, hits: Array, prompt_len: int) -> Array:
+        """Take the next tokens' hit bits (bool ``[n]``); whether the gate is open at each of them."""
+        first = self.state.position
+        opened, statistic, self.state = gates.advance(rule, self.state, hits, prompt_len)
+        if self.open_from < 0 and opened.any():
+            self.open_from = first + int(opened.argmax())
+        self.largest = max(self.largest, float(statistic.max(initial=0.0)))
+        return opened
+
+
+@dataclass
+class HitMemory:
+    """Hit bits by KV slot, per layer; a layer's array is made when its first gate listens."""
+
+    _bits: dict[int, Array] = field(default_factory=dict)
+
+    def of(self, layer: int, blocks: Blocks) -> Array:
+        """uint64 ``[n_slots]`` of ``layer``."""
+        found = self._bits.get(layer)
+        if found is None or len(found) != blocks.n_slots:
+            found = self._bits[layer] = np.zeros(blocks.n_slots, np.uint64)
+        return found
+
+
+class Hearing:
+    """What the gates of one layer hear in one step.
+
+    Use: :meth:`demands` (looks at single rows at once, the rest comes when the demands are served), then :meth:`open`.
+
+    Args:
+        table: the layer's programs; ``table.listeners`` of the planned requests are heard.
+        blocks: None where the KV cache cannot carry bits: then every request must be computed from position 0.
+    """
+
+    def __init__(self, layer: int, table: LayerTable, plan: Plan, memory: HitMemory, blocks: Blocks | None) -> None:
+        self._layer, self._plan, self._memory, self._blocks = layer, plan, memory, blocks
+        self._heard = [(s, table.listeners[s.index]) for s in plan.segments if s.index in table.listeners]
+        self._hits: Array = np.zeros(plan.n, np.uint64)
+
+    def demands(self, h: torch.Tensor, bank: RowBank) -> list[Demand]:
+        """Find the hits in ``h [n, d]`` (fp32), as far as single rows tell; the others come with the demands."""
+        found: list[Demand] = []
+        read, gate = bank.read.numpy(), bank.gate.numpy()
+        for segment, listeners in self._heard:
+            every = np.arange(segment.tokens.start, segment.tokens.stop)
+            for listener in listeners:
+                tokens = every if listener.rule else every[acting(self._plan.selected[segment.tokens], listener.masks)]
+                if listener.whole:
+                    found.append(Demand(listener.digest, tokens, self._taker(listener, tokens)))
+                else:
+                    hit_tokens(h.numpy(), tokens, listener.slots, listener.norm, listener.bit, read, gate, self._hits)
+        return found
+
+    def _taker(self, listener: Listener, tokens: Array) -> Callable[[slice, torch.Tensor], None]:
+        features = torch.from_numpy(listener.features)
+
+        def take(here: slice, z: torch.Tensor) -> None:
+            active = (z[:, features] != 0).any(dim=1).numpy()
+            self._hits[tokens[here][active]] |= listener.bit
+
+        return take
+
+    def open(self) -> Array:
+        """Gates open at each planned token: uint64 ``[n]``, bit g = gate g of the token's own program at this layer.
+
+        Raises:
+            RuntimeError: a request continues behind tokens whose hits are not known.
+        """
+        opened: Array = np.zeros(self._plan.n, np.uint64)
+        # First all, then who reads: a prefix may be computed in the very step that shares it.
+        for segment, listeners in self._heard:
+            if self._blocks is not None and any(listener.rule for listener in listeners):
+                self._remember(segment, self._blocks)
+        for segment, listeners in self._heard:
+            here, hits = opened[segment.tokens], self._hits[segment.tokens]
+            for listener in listeners:
+                heard = hits & listener.bit != 0
+                if listener.rule is not None:
+                    heard = self._track(segment, listener).feed(listener.rule, heard, segment.resident.prompt_len)
+                here[heard] |= listener.bit
+        return opened
+
+    def _remember(self, segment: Segment, blocks: Blocks) -> None:
+        stop = segment.first_position + segment.tokens.stop - segment.tokens.start
+        slots = blocks.slots(segment.row, segment.first_position, stop)
+        self._memory.of(self._layer, blocks)[slots] = self._hits[segment.tokens]
+
+    def _track(self, segment: Segment, listener: Listener) -> Track:
+        """The gate's state before the segment's first token, made anew where the request does not continue it."""
+        tracks, first = segment.resident.tracks, segment.first_position
+        key = (self._layer, listener.number)
+        track = tracks.get(key)
+        if track is not None and track.state.position == first:
+            return track
+        track = tracks[key] = Track()
+        if first:
+            if self._blocks is None:
+                message = f"request {segment.resident.request_id} continues at position {first} behind a gate that did not hear"
+                raise RuntimeError(message + " its earlier tokens")
+            earlier = self._memory.of(self._layer, self._blocks)[self._blocks.slots(segment.row, 0, first)]
+            assert listener.rule is not None
+            track.feed(listener.rule, earlier & listener.bit != 0, segment.resident.prompt_len)
+        return track
