@@ -127,8 +127,11 @@ def forget(
     ] = SelectName.difference,
     latents: Annotated[int, typer.Option(min=1, max=1024, help="At most so many latents.")] = 10,
     gate: Annotated[
-        GateName, typer.Option(help="Act on sequences with a large share of hits, in a window, by CUSUM, or on all.")
-    ] = GateName.share,
+        GateName,
+        typer.Option(
+            help="Act on sequences with a run of hits (cusum), a share of them, a share in a window, or on all."
+        ),
+    ] = GateName.cusum,
     over: Annotated[
         OverName, typer.Option(help="Share of the tokens seen so far, at every token; or of the prompt, at its end.")
     ] = OverName.seen,

@@ -67,7 +67,7 @@ class TopicSettings:
 
     select: Select = "difference"
     latents: int = 10
-    gate: GateKind = "share"
+    gate: GateKind = "cusum"
     over: Literal["seen", "prompt"] = "seen"
     window: int = 32
     least: int = 8

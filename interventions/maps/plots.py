@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+_LOG = 5.0
+"""Curves that span more than this factor get a logarithmic axis."""
 _COLOURS = ("#1f5fa8", "#b4541a", "#2a7d3f", "#7a4ca0", "#8a6d1d", "#555555")
 
 
@@ -56,6 +58,9 @@ def draw_map(
             x, y, low, high = (np.array(column) for column in zip(*curve.points, strict=True))
             bars = np.clip(np.stack([y - low, high - y]), 0, None)
             axis.errorbar(x, y, bars, color=_COLOURS[i % 6], marker="o", markersize=4, capsize=2, label=curve.label)
+        values = [point[1] for curve in curves for point in curve.points]
+        if min(values) > 0 and max(values) > _LOG * min(values):
+            axis.set_yscale("log")
         axis.set_xlabel("strength")
         axis.set_ylabel(name)
         axis.legend(fontsize=8)

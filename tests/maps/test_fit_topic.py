@@ -57,11 +57,12 @@ def test_the_kinds_of_gate_are_what_was_asked_for() -> None:
     def gate(**asked):
         return fit_topic(FORGET, RETAIN, S, TopicSettings(latents=4, **asked)).gate
 
-    assert isinstance(gate().gate, ShareGate)
-    assert (gate().gate.over, gate().gate.least, gate().gate.latch) == ("seen", 8, True)
+    share = gate(gate="share").gate
+    assert isinstance(share, ShareGate)
+    assert (share.over, share.least, share.latch) == ("seen", 8, True)
     assert gate(gate="window", window=20, least=30).gate.least == 20
     assert isinstance(gate(gate="window").gate, WindowGate)
-    drift = gate(gate="cusum").gate
+    drift = gate().gate
     assert isinstance(drift, CusumGate)
     assert 0.3 < drift.k < 0.5  # half way between hit rates of about 0.76 and 0.016
     assert gate(gate="cusum", drift=0.2).gate.k == 0.2
@@ -69,8 +70,8 @@ def test_the_kinds_of_gate_are_what_was_asked_for() -> None:
 
 
 def test_dilution_shows_in_the_report_and_only_for_the_share() -> None:
-    share = fit_topic(FORGET, RETAIN, S, TopicSettings(latents=4))
-    cusum = fit_topic(FORGET, RETAIN, S, TopicSettings(latents=4, gate="cusum"))
+    share = fit_topic(FORGET, RETAIN, S, TopicSettings(latents=4, gate="share"))
+    cusum = fit_topic(FORGET, RETAIN, S, TopicSettings(latents=4))
     assert share.detection.diluted[0] == cusum.detection.diluted[0] == 1.0
     assert share.detection.diluted[1600] == 0.0
     assert cusum.detection.diluted[1600] == 1.0
