@@ -16,7 +16,7 @@ NAMES = {"probe": "frozen probe", "readout": "next token", "others": "other clas
 def tables(results: Mapping[str, Any]) -> str:
     """Everything that the command prints."""
     groups = grouped(results["cells"])
-    parts = [_unedited(groups)]
+    parts = [_in_short(groups), _unedited(groups)]
     parts += [_at_equal_removal(groups, reading) for reading in READINGS]
     parts += [_claim(groups, reading) for reading in READINGS]
     parts += [_as_published(groups), _layers(results["cells"]), _separability(results["cells"])]
@@ -29,6 +29,29 @@ def grouped(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     for cell in cells:
         found.setdefault(cell["set"], []).append(cell)
     return found | ({"all": list(cells)} if len(found) > 1 else {})
+
+
+def _in_short(groups: Mapping[str, Sequence[Cell]]) -> str:
+    """Verdicts counted: every reading, level and text set, in each set and in all together."""
+    rows = []
+    for other in METHODS[:-1]:
+        row = [other]
+        for names in ([name for name in groups if name != "all"], ["all"] if "all" in groups else []):
+            found = [
+                compare(groups[name], other, reading, texts, level)
+                for name in names
+                for reading in READINGS
+                for texts in TEXTS
+                for level in LEVELS
+            ]
+            verdicts = [one.verdict for one in found if one.pairs]
+            row += [str(verdicts.count(verdict)) for verdict in ("holds", "open", "reversed")]
+            row.append(str(sum(one.app_only for one in found) - sum(one.other_only for one in found)))
+        rows.append(row)
+    head = ["APP against"]
+    for where in ("set by set", "all sets"):
+        head += [f"{where}: holds", "open", "reversed", "reached by APP only, less by the other only"]
+    return _table("In short: is APP cheaper at equal removal? Verdicts counted", head, rows)
 
 
 def _unedited(groups: Mapping[str, Sequence[Cell]]) -> str:
