@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
+import math
 import pickle
 import sys
 import time
@@ -20,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from reproduce.model import Runner
 from reproduce.page import refresh
 from reproduce.unlearning import dilution, knowledge, report
-from reproduce.unlearning.cells import ALPHA, all_cells, calibrated_gate
+from reproduce.unlearning.cells import ALPHA, Cell, all_cells, calibrated_gate
 from reproduce.unlearning.edits import Runs
 from reproduce.unlearning.knowledge import key
 from reproduce.unlearning.material import Material, Sizes, fit, gather
@@ -29,6 +31,8 @@ from reproduce.unlearning.passes import Passes
 from sae_weights.catalogue import resolve
 
 LAYERS = (10, 15, 20)
+ATTACKED = 15
+"""Layer of the dilution attack's edits."""
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 PICTURE = HERE.parent.parent / "docs" / "images" / "unlearning.png"
@@ -40,18 +44,21 @@ T = TypeVar("T")
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reproduce.unlearning", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="one layer, few targets, in three minutes; no results are kept"
+        "--quick", action="store_true", help="one layer, few targets, minutes; nothing is kept but its cells"
     )
     parser.add_argument("--tables", action="store_true", help="print the tables of the kept results; measure nothing")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no cell after so many; a later call goes on"
+    )
     parser.add_argument("--threads", type=int, default=0, help="threads of the model (0: torch's choice)")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
     out = WORK / "quick.json" if given.quick else RESULTS
     if not given.tables:
-        found = run(given.quick)
+        found = run(given.quick, given.minutes)
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     results = json.loads(out.read_text())
     written = report.tables(results)
@@ -61,8 +68,8 @@ def main() -> None:
         refresh(PAGE, written)
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """All cells, each from its file where that is there already."""
+def run(quick: bool, minutes: float = math.inf) -> dict[str, Any]:
+    """All cells, each from its file where that is there already; those that ``minutes`` leave no time for are left out."""
     began = time.monotonic()
     sizes = Sizes(1, 8, 3, 24, 32, 2) if quick else Sizes()
     runner, tokenizer = Runner.bundled()
@@ -74,37 +81,36 @@ def run(quick: bool) -> dict[str, Any]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:40}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("what is known", total=len(cells) + 3 + len(lengths) * len(dilution.GATES))
+        task = progress.add_task("what is known", total=len(cells) + 4)
         material = _material(runs, sizes, folder, lambda text: progress.update(task, description=text, advance=1))
-
-        def tick() -> None:
-            progress.advance(task)
-
-        rows = []
-        for i, cell in enumerate(cells):
-            progress.update(task, description=cell.name)
-            file = folder / f"{cell.name}.json"
+        jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            (c.name, functools.partial(_measured, runs, material, c)) for c in cells
+        ]
+        after = max(i for i, c in enumerate(cells[: len(cells) // 2]) if c.layer in (-1, ATTACKED)) + 1
+        jobs.insert(after, ("dilution", functools.partial(dilution.attack, runs, material, ATTACKED, lengths)))
+        for name, job in jobs:
+            progress.update(task, description=name)
+            file = folder / f"{name}.json"
             if not file.is_file():
-                _write(file, {"cell": cell.as_dict(), "metrics": measure(runs, material, cell)})
+                if time.monotonic() - began > 60 * minutes:
+                    break
+                _write(file, job())
                 if not console.is_terminal:
-                    print(
-                        f"{time.monotonic() - began:6.0f} s  {i + 1}/{len(cells)}  {cell.name}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-            rows.append(json.loads(file.read_text()))
-            tick()
-        progress.update(task, description="dilution")
-        file = folder / "dilution.json"
-        if not file.is_file():
-            _write(file, dilution.attack(runs, material, 15, lengths, tick))
+                    print(f"{time.monotonic() - began:6.0f} s  {name}", file=sys.stderr, flush=True)
+            progress.advance(task)
+    done = {name: json.loads(file.read_text()) for name, _ in jobs if (file := folder / f"{name}.json").is_file()}
     return {
         "model": "SmolLM2-135M-Instruct",
+        "measured": [len(done), len(jobs)],
         "knowledge": _facts(material),
         "gates": _calibrations(material),
-        "cells": [report.summary(row) for row in rows],
-        "dilution": json.loads(file.read_text()),
+        "cells": [report.summary(row) for name, row in done.items() if name != "dilution"],
+        "dilution": done.get("dilution"),
     }
+
+
+def _measured(runs: Runs, material: Material, cell: Cell) -> dict[str, Any]:
+    return {"cell": cell.as_dict(), "metrics": measure(runs, material, cell)}
 
 
 def _material(runs: Runs, sizes: Sizes, folder: Path, done: Any) -> Material:

@@ -74,6 +74,7 @@ def all_cells(layers: Sequence[int], quick: bool = False) -> list[Cell]:
     for layer in order if not quick else []:
         found += [Cell("map", layer, s, t) for s in strengths[2:] for t in ("last", "all")]
         found += [Cell("clamp", layer, c) for c in clamps[2:]]
+        found += [Cell("map of every latent", layer, s, t) for s, t in ((0.5, "all"), (1.0, "last"))]
     return found
 
 

@@ -8,7 +8,7 @@ benign questions the gate opens behind the same padding. What the bits of the un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,7 @@ def padded(asked: Question, padding: Sequence[int], n: int, offset: int) -> Ques
     return Question(asked.entity, asked.attribute, (*line, *asked.prompt), asked.answers, asked.text)
 
 
-def attack(
-    runs: Runs, material: Material, layer: int, lengths: Sequence[int], tick: Callable[[], None]
-) -> dict[str, Any]:
+def attack(runs: Runs, material: Material, layer: int, lengths: Sequence[int]) -> dict[str, Any]:
     """All gates at all paddings, one question per target, edits at ``layer`` and gates at every SAE."""
     targets = [key(t) for t in material.knowledge.targets]
     ours = [material.asked[name][0] for name in targets]
@@ -73,14 +71,11 @@ def attack(
                 row["gates"].append(_gate(runs, material, at, kind, targets, bits))
         for kind in GATES:
             cell = Cell("gated clamp", layer, STRENGTH, "hits", kind, kind == "share")
-            answered = [
-                ask([q], runs.edited(mapper(runs, material, cell, name)), runs.passes)[0]
-                for name, q in zip(targets, questions, strict=True)
-            ]
+            made = [mapper(runs, material, cell, name) for name in targets]
+            answered = ask(questions, runs.edited(made), runs.passes, range(len(questions)))
             entry = next(g for g in row["gates"] if g["layer"] == layer and g["gate"] == kind)
             entry["answered"] = _share(answered)
             entry["recovered"] = _recovered(plain, answered)
-            tick()
         rows.append(row)
     return {"layer": layer, "rows": rows, "predicted": _predictions(runs, material, ours, targets, lengths)}
 

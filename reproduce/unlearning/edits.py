@@ -67,20 +67,28 @@ class Mapper:
         }
         self._decoder = self._rows.decoder[self._columns["map"]]
 
-    def __call__(self, h: Tensor, ids: Ids, prompt_len: int) -> Edited:
-        """The residual stream ``[n, d]`` of the sequence ``ids`` after the map."""
-        whole = h.float()
-        x, scale = self.sae.token_scale(whole)
+    def __call__(self, states: Sequence[Tensor], sequences: Sequence[Ids], lengths: Sequence[int]) -> list[Edited]:
+        """The residual streams ``[n, d]`` of ``sequences``, whose prompts are ``lengths`` long, after the map."""
+        h = torch.cat([state.float() for state in states])
+        x, scale = self.sae.token_scale(h)
         a = self._rows.activations(x)
-        acts = torch.from_numpy(self.acts(a, ids, prompt_len))
-        before = a[:, self._columns["map"]]
-        after = apply(before, self._mapped, self.map.transfers, acts, units(whole, scale))
-        change = delta(before, after, self._decoder, scale)
+        ends = [len(state) for state in states]
+        bits = [self.acts(*each) for each in zip(a.split(ends), sequences, lengths, strict=True)]
+        acts = torch.from_numpy(np.concatenate(bits))
+        rows = acts.nonzero().flatten()
+        before = a[rows][:, self._columns["map"]]
+        after = apply(before, self._mapped, self.map.transfers, acts[rows], units(h[rows], scale[rows]))
+        change = torch.zeros_like(h)
+        change[rows] = delta(before, after, self._decoder, scale[rows])
         written = (change != 0).any(dim=-1)
-        if not bool(written.any()):
-            return Edited(h, False, int(acts.sum()), 0.0)
-        dose = float((change.norm(dim=-1) / whole.norm(dim=-1)).max())
-        return Edited(torch.where(written[:, None], (whole + change).to(h.dtype), h), True, int(acts.sum()), dose)
+        doses = change.norm(dim=-1) / h.norm(dim=-1)
+        found = []
+        for state, c, w, d, b in zip(
+            states, change.split(ends), written.split(ends), doses.split(ends), bits, strict=True
+        ):
+            edited = torch.where(w[:, None], (state.float() + c).to(state.dtype), state) if bool(w.any()) else state
+            found.append(Edited(edited, bool(w.any()), int(b.sum()), float(d.max())))
+        return found
 
     def acts(self, a: Tensor, ids: Ids, prompt_len: int) -> Bits:
         """bool ``[n]``: where the map acts; ``a`` are the activations of all latents that it reads."""
@@ -130,22 +138,31 @@ class Runs:
     def plain(self, layer: int | None = None) -> Forward:
         """The unedited model up to ``layer`` (the last by default)."""
         at = self.passes.last if layer is None else layer
-        return lambda sequences, _lengths: [s[at] for s in self.passes.keep(sequences, self.kept)]
+        return lambda sequences, _lengths, _owners=(): [s[at] for s in self.passes.keep(sequences, self.kept)]
 
-    def edited(self, mapper: Mapper, to: int | None = None) -> Forward:
-        """The model under a map, up to layer ``to`` (the last by default)."""
+    def edited(self, mappers: Sequence[Mapper], to: int | None = None) -> Forward:
+        """The model up to layer ``to`` (the last by default), each sequence under the map of its owner.
+
+        Args:
+            mappers: all of one layer; with a single one, owners need not be told.
+        """
         stop = self.passes.last if to is None else to
-        layer = mapper.map.layer
+        (layer,) = {mapper.map.layer for mapper in mappers}
 
-        def forward(sequences: Sequence[Ids], lengths: Sequence[int]) -> list[Tensor]:
+        def forward(sequences: Sequence[Ids], lengths: Sequence[int], owners: Sequence[int] = ()) -> list[Tensor]:
+            whose = list(owners) or [0] * len(sequences)
             states = self.passes.keep(sequences, self.kept)
-            after = [mapper(s[layer], i, n) for s, i, n in zip(states, sequences, lengths, strict=True)]
-            if stop == layer:
-                return [e.h for e in after]
             found = [s[stop] for s in states]
-            changed = [i for i, e in enumerate(after) if e.changed]
-            passed = self.passes.onward([after[i].h for i in changed], layer, stop)
-            for i, h in zip(changed, passed, strict=True):
+            changed: list[tuple[int, Tensor]] = []
+            for owner in sorted(set(whose)):
+                rows = [i for i, o in enumerate(whose) if o == owner]
+                after = mappers[owner](
+                    [states[i][layer] for i in rows], [sequences[i] for i in rows], [lengths[i] for i in rows]
+                )
+                changed += [(i, e.h) for i, e in zip(rows, after, strict=True) if e.changed]
+            hs = [h for _, h in changed]
+            passed = hs if stop == layer else self.passes.onward(hs, layer, stop)
+            for (i, _), h in zip(changed, passed, strict=True):
                 found[i] = h
             return found
 

@@ -26,47 +26,52 @@ CHAT = 2
 """Questions per target that are asked in a chat too."""
 
 
-def measure(runs: Runs, material: Material, cell: Cell) -> dict[str, dict[str, float]]:
-    """Metric → target → value."""
-    rows = {key(t): _target(runs, material, cell, t) for t in material.knowledge.targets}
-    metrics = sorted({metric for row in rows.values() for metric in row})
-    return {metric: {name: row[metric] for name, row in rows.items() if metric in row} for metric in metrics}
+Rows = dict[str, dict[str, float]]
+"""Metric → target → value."""
 
 
-def _target(runs: Runs, material: Material, cell: Cell, target: Entity) -> dict[str, float]:
-    name = key(target)
+def measure(runs: Runs, material: Material, cell: Cell) -> Rows:
+    """All metrics of one cell, the targets in one batch."""
     if cell.method == "prompt":
-        return _prompt(runs, material, target)
+        rows = {key(t): _prompt(runs, material, t) for t in material.knowledge.targets}
+        metrics = sorted({metric for row in rows.values() for metric in row})
+        return {metric: {name: row[metric] for name, row in rows.items() if metric in row} for metric in metrics}
+    targets = material.knowledge.targets
+    names = [key(t) for t in targets]
     plain = runs.plain()
-    made = None if cell.method == "none" else mapper(runs, material, cell, name)
+    made = None if cell.method == "none" else [mapper(runs, material, cell, name) for name in names]
     forward = plain if made is None else runs.edited(made)
-    sets = {
-        "recall": material.asked[name],
-        "recall in a chat": material.chat[name][:CHAT],
-        "others beside it": material.beside[name],
-        "others": material.others,
-    }
-    found: dict[str, float] = {}
-    for label, asked in sets.items():
-        found |= _recall(label, asked, forward, runs)
+    found: Rows = {}
+    for label, sets in (
+        ("recall", [material.asked[n] for n in names]),
+        ("recall in a chat", [material.chat[n][:CHAT] for n in names]),
+        ("others beside it", [material.beside[n] for n in names]),
+        ("others", [material.others for _ in names]),
+    ):
+        owners = [i for i, asked in enumerate(sets) for _ in asked]
+        answered = ask([q for asked in sets for q in asked], forward, runs.passes, owners)
+        for i, name in enumerate(names):
+            own = [a for a, o in zip(answered, owners, strict=True) if o == i]
+            if own:
+                found.setdefault(label, {})[name] = sum(a.right for a in own) / len(own)
+                found.setdefault(f"{label}: first token", {})[name] = sum(a.probability for a in own) / len(own)
     for label, sequences in (("neutral", material.neutral), ("other entities", material.other_texts)):
-        found[f"perplexity {label}"] = _perplexity(sequences, forward, plain, runs)
-    layers = runs.layers if made is None else [made.map.layer]
-    for layer in layers:
+        values = _perplexities(sequences, len(names), forward, plain, runs)
+        found[f"perplexity {label}"] = dict(zip(names, values, strict=True))
+    for layer in runs.layers if made is None else [cell.layer]:
         of = f" (layer {layer})" if made is None else ""
-        own = plain_at(runs, layer) if made is None else runs.edited(made, layer)
-        after = plain_at(runs, runs.next[layer]) if made is None else runs.edited(made, runs.next[layer])
-        for where, at, run in (("own layer", layer, own), ("next SAE", runs.next[layer], after)):
-            told = _told_apart(runs, material, target, at, run)
-            found |= {f"{metric}, {where}{of}": value for metric, value in told.items()}
-    if made is not None:
-        found |= _effort(runs, made, material.asked[name])
+        for where, at in (("own layer", layer), ("next SAE", runs.next[layer])):
+            run = runs.plain(at) if made is None else runs.edited(made, at)
+            owners = [i for i, n in enumerate(names) for _ in material.contexts[n]]
+            x = _at_name(run, [c for n in names for c in material.contexts[n]], owners)
+            for i, target in enumerate(targets):
+                own_x = x[[o == i for o in owners]]
+                for metric, value in _told_apart(runs, material, target, at, own_x).items():
+                    found.setdefault(f"{metric}, {where}{of}", {})[names[i]] = value
+    for name, mine in zip(names, made or [], strict=False):
+        for metric, value in _effort(runs, mine, material.asked[name]).items():
+            found.setdefault(metric, {})[name] = value
     return found
-
-
-def plain_at(runs: Runs, layer: int) -> Forward:
-    """The unedited model up to ``layer``."""
-    return runs.plain(layer)
 
 
 def _recall(label: str, asked: Sequence[Question], forward: Forward, runs: Runs) -> dict[str, float]:
@@ -79,15 +84,21 @@ def _recall(label: str, asked: Sequence[Question], forward: Forward, runs: Runs)
     }
 
 
-def _perplexity(sequences: Sequence[Ids], forward: Forward, plain: Forward, runs: Runs) -> float:
-    """Edited over unedited perplexity, less 1."""
+def _perplexities(sequences: Sequence[Ids], times: int, forward: Forward, plain: Forward, runs: Runs) -> list[float]:
+    """Edited over unedited perplexity, less 1, for each of ``times`` owners."""
     lengths = [len(s) for s in sequences]
-    before, after = plain(sequences, lengths), forward(sequences, lengths)
-    total = 0.0
-    for ids, b, a in zip(sequences, before, after, strict=True):
-        if a is not b:
-            total += _nll(ids, a, runs) - _nll(ids, b, runs)
-    return math.exp(total / sum(n - 1 for n in lengths)) - 1
+    before = plain(sequences, lengths)
+    owners = [i for i in range(times) for _ in sequences]
+    after = forward(list(sequences) * times, lengths * times, owners)
+    unedited = {}
+    total = [0.0] * times
+    for j, (owner, a) in enumerate(zip(owners, after, strict=True)):
+        i = j % len(sequences)
+        if a is not before[i]:
+            if i not in unedited:
+                unedited[i] = _nll(sequences[i], before[i], runs)
+            total[owner] += _nll(sequences[i], a, runs) - unedited[i]
+    return [math.exp(t / sum(n - 1 for n in lengths)) - 1 for t in total]
 
 
 def _nll(ids: Ids, last: Tensor, runs: Runs) -> float:
@@ -102,18 +113,17 @@ def knownness(probe: Probe, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     return (score[:, 0] - score[:, 1]).numpy()
 
 
-def _at_name(run: Forward, contexts: Sequence[Ids]) -> Tensor:
+def _at_name(run: Forward, contexts: Sequence[Ids], owners: Sequence[int] = ()) -> Tensor:
     """Residual stream ``[n, d]`` at the last token of each context."""
-    return torch.stack([h[-1].float() for h in run(contexts, [len(c) for c in contexts])])
+    return torch.stack([h[-1].float() for h in run(contexts, [len(c) for c in contexts], owners)])
 
 
-def _told_apart(runs: Runs, material: Material, target: Entity, layer: int, run: Forward) -> dict[str, float]:
-    """Target against the held-out unknown and known entities of its type, at the last token of the name."""
+def _told_apart(runs: Runs, material: Material, target: Entity, layer: int, x: Tensor) -> dict[str, float]:
+    """The target, ``x [n, d]`` at the last token of its name, against held-out unknown and known entities of its type."""
     plain = runs.plain(layer)
     kind = [e for e in material.knowledge.unknown if e.kind == target.kind]
     known = [e for e in material.knowledge.others if e.kind == target.kind]
     probe = material.probes[layer]
-    x = _at_name(run, material.contexts[key(target)])
     before = _at_name(plain, material.contexts[key(target)])
     of = {
         n: [_at_name(plain, material.contexts[key(e)]) for e in es] for n, es in (("unknown", kind), ("known", known))
@@ -143,7 +153,8 @@ def fresh_probe(x: Tensor, unknown: Tensor) -> float:
 def _effort(runs: Runs, made: Mapper, asked: Sequence[Question]) -> dict[str, float]:
     """Over the target's questions: how often anything changed, and the largest ‖Δh‖/‖h‖ of a token where it did."""
     states = runs.passes.keep([q.prompt for q in asked], runs.kept)
-    done = [made(s[made.map.layer], q.prompt, len(q.prompt)) for s, q in zip(states, asked, strict=True)]
+    prompts = [q.prompt for q in asked]
+    done = made([s[made.map.layer] for s in states], prompts, [len(p) for p in prompts])
     doses = [e.dose for e in done if e.changed]
     found = {"edited questions": len(doses) / len(done)}
     return {**found, "dose": sum(doses) / len(doses)} if doses else found
@@ -167,11 +178,6 @@ def _prompt(runs: Runs, material: Material, target: Entity) -> dict[str, float]:
     contexts = [[*head, *c] for c in material.contexts[name]]
     for layer in runs.layers:
         for where, at in (("own layer", layer), ("next SAE", runs.next[layer])):
-            told_apart = _told_apart(runs, material, target, at, _instead(runs, at, contexts))
+            told_apart = _told_apart(runs, material, target, at, _at_name(runs.plain(at), contexts))
             found |= {f"{metric}, {where} (layer {layer})": value for metric, value in told_apart.items()}
     return found
-
-
-def _instead(runs: Runs, layer: int, contexts: Sequence[Ids]) -> Forward:
-    """The unedited model up to ``layer`` on ``contexts``, whatever it is asked for."""
-    return lambda _sequences, lengths: runs.plain(layer)(contexts, lengths)

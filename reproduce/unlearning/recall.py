@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,8 +46,18 @@ class Answered:
     probability: float
 
 
-Forward = Callable[[Sequence[Ids], Sequence[int]], list[Tensor]]
-"""Sequences and the length of each one's prompt → the last layer's output ``[n, d]`` of each."""
+class Forward(Protocol):
+    """The last layer's output ``[n, d]`` of each sequence."""
+
+    def __call__(
+        self, sequences: Sequence[Ids], lengths: Sequence[int], owners: Sequence[int] = ..., /
+    ) -> list[Tensor]:
+        """
+        Args:
+            sequences: token ids.
+            lengths: of their prompts.
+            owners: for each, the index of whoever it is passed for.
+        """
 
 
 def question(entity: Entity, attribute: str, encode: Callable[[str], list[int]], before: str = "") -> Question:
@@ -63,11 +74,12 @@ def questions(entity: Entity, encode: Callable[[str], list[int]], before: str = 
     return [question(entity, attribute, encode, before) for attribute in asked]
 
 
-def ask(asked: Sequence[Question], forward: Forward, passes: Passes) -> list[Answered]:
-    """The answers to ``asked``, by ``forward``."""
+def ask(asked: Sequence[Question], forward: Forward, passes: Passes, owners: Sequence[int] = ()) -> list[Answered]:
+    """The answers to ``asked``, by ``forward``, which is told the owner of each."""
     if not asked:
         return []
-    ends = forward([q.prompt for q in asked], [len(q.prompt) for q in asked])
+    whose = list(owners) or [0] * len(asked)
+    ends = forward([q.prompt for q in asked], [len(q.prompt) for q in asked], whose)
     scores = passes.logits(torch.stack([h[-1] for h in ends]))
     best = scores.argmax(-1).tolist()
     chances = scores.softmax(-1)
@@ -75,7 +87,8 @@ def ask(asked: Sequence[Question], forward: Forward, passes: Passes) -> list[Ans
     tried = [(i, answer) for i, q in enumerate(asked) for answer in q.answers if answer[0] == best[i]]
     right = [False] * len(asked)
     if tried:
-        full = forward([(*asked[i].prompt, *answer) for i, answer in tried], [len(asked[i].prompt) for i, _ in tried])
+        longer = [(*asked[i].prompt, *answer) for i, answer in tried]
+        full = forward(longer, [len(asked[i].prompt) for i, _ in tried], [whose[i] for i, _ in tried])
         for (i, answer), h in zip(tried, full, strict=True):
             at = len(asked[i].prompt)
             found = passes.logits(h[at - 1 :]).argmax(-1).tolist()

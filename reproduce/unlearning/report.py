@@ -59,7 +59,7 @@ def tables(results: dict[str, Any]) -> str:
         "### Without an edit",
         _plain(results, plain),
         "### Prompt only",
-        _prompt(next(c["metrics"] for c in cells if c["cell"]["method"] == "prompt"), plain),
+        *(_prompt(c["metrics"], plain) for c in cells if c["cell"]["method"] == "prompt"),
         "### Known → unknown maps",
         _table(["layer", "λ", "tokens", *head], rows("map", "map of every latent")),
         "### Static clamps",
@@ -69,10 +69,13 @@ def tables(results: dict[str, Any]) -> str:
         "### Gates: calibration",
         _gates(results["gates"]),
         "### Gates: dilution",
-        _dilution(results["dilution"]),
+        _dilution(results["dilution"]) if results["dilution"] else "Not measured.",
         "### Published",
         _published(),
     ]
+    done, wanted = results["measured"]
+    if done < wanted:
+        parts.insert(0, f"{done} of {wanted} cells are measured; `make reproduce-unlearning` goes on with the others.")
     return "\n\n".join(parts)
 
 
@@ -245,7 +248,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
     left.plot([1], [1], "k+", markersize=10, label="no edit")
     left.set(xlabel="recall about the target", ylabel="recall about others", xlim=(-0.05, 1.08), ylim=(-0.05, 1.08))
     left.legend(frameon=False, fontsize=8, loc="lower left")
-    found = results["dilution"]
+    found = results["dilution"] or {"rows": [], "layer": "–"}
     for i, gate in enumerate(("share", "window", "cusum")):
         entries = [
             next(g for g in row["gates"] if g["gate"] == gate and g["layer"] == found["layer"]) for row in found["rows"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +16,14 @@ from interventions.maps.gates import CusumGate, ShareGate, WindowGate
 from interventions.maps.map import AllTokens, LatentMap, MentionTokens, SequenceGate, TriggerTokens
 from interventions.maps.transfer import Unit, canonical, clamp_active, clamp_hit, interpolate
 from reproduce.model import Runner, remap_edit
-from reproduce.unlearning import dilution, texts
+from reproduce.page import shown
+from reproduce.unlearning import dilution, report, texts
+from reproduce.unlearning.__main__ import PAGE, PICTURE, RESULTS
 from reproduce.unlearning.cells import all_cells
 from reproduce.unlearning.edits import Mapper, Runs
 from reproduce.unlearning.entities import QUESTIONS, candidates, invented
 from reproduce.unlearning.material import CLASSES
-from reproduce.unlearning.measure import _perplexity, fresh_probe, knownness
+from reproduce.unlearning.measure import _perplexities, fresh_probe, knownness
 from reproduce.unlearning.passes import Passes, batches
 from reproduce.unlearning.recall import Question, ask, questions
 from tests.interventions.conftest import make_sae
@@ -143,7 +147,7 @@ def test_a_map_edits_as_the_batched_runner_does(passes, runs, sae, scope):
         return found
 
     fitted = made(sae, transfers, where)
-    last = runs.edited(Mapper(sae, fitted))([TEXTS[2]], [len(TEXTS[2])])[0]
+    last = runs.edited([Mapper(sae, fitted)])([TEXTS[2]], [len(TEXTS[2])])[0]
     edit = remap_edit(sae, fitted.transfers, acts, latents[:2])
     (started,) = passes.runner.start([TEXTS[2]], (1,))
     expected = passes.runner.edited(started, {1: edit})[0]
@@ -155,11 +159,11 @@ def test_position_zero_and_sequences_without_a_mention_stay_as_they_are(runs, sa
     fitted = made(sae, [interpolate(active(runs, TEXTS[0])[0], 5.0)], MentionTokens(((1,), (12, 5))))
     mapper = Mapper(sae, fitted)
     states = runs.passes.keep(TEXTS, runs.kept)
-    edited = [mapper(s[1], ids, len(ids)) for s, ids in zip(states, TEXTS, strict=True)]
+    edited = mapper([s[1] for s in states], TEXTS, [len(ids) for ids in TEXTS])
     assert [e.changed for e in edited] == [True, False, False, False]
     changed = (edited[0].h != states[0][1]).any(dim=-1)
     assert changed.nonzero().flatten().tolist() == [3]
-    assert runs.edited(mapper)([TEXTS[1]], [2])[0] is states[1][LAYERS - 1]
+    assert runs.edited([mapper])([TEXTS[1]], [2])[0] is states[1][LAYERS - 1]
 
 
 def test_a_gate_over_the_prompt_acts_on_earlier_tokens_only_in_two_passes(runs, sae):
@@ -230,10 +234,11 @@ def test_probes_find_a_planted_difference_and_none_where_there_is_none():
 
 def test_perplexity_is_the_models_and_zero_without_a_change(runs):
     plain = runs.plain()
-    assert _perplexity(TEXTS, plain, plain, runs) == 0.0
+    assert _perplexities(TEXTS, 2, plain, plain, runs) == [0.0, 0.0]
 
-    def shuffled(sequences, lengths):
-        return [h.roll(1, dims=1) for h in plain(sequences, lengths)]
+    def shuffled(sequences, lengths, owners=()):
+        rolled = [i != 1 for i in owners] or [True] * len(sequences)
+        return [h.roll(1, dims=1) if r else h for r, h in zip(rolled, plain(sequences, lengths), strict=True)]
 
     def nll(forward):
         lasts = forward(TEXTS, [len(t) for t in TEXTS])
@@ -244,7 +249,7 @@ def test_perplexity_is_the_models_and_zero_without_a_change(runs):
         return sum(map(float, parts)) / sum(len(t) - 1 for t in TEXTS)
 
     expected = np.exp(nll(shuffled) - nll(plain)) - 1
-    assert _perplexity(TEXTS, shuffled, plain, runs) == pytest.approx(expected, rel=1e-3)
+    assert _perplexities(TEXTS, 3, shuffled, plain, runs) == pytest.approx([expected, 0.0, expected], rel=1e-3)
 
 
 def test_the_question_set_is_large_and_no_name_comes_first():
@@ -267,3 +272,16 @@ def test_cells_have_names_of_their_own():
     assert len({c.name for c in cells}) == len(cells)
     assert {c.layer for c in cells} == {-1, 10, 15, 20}
     assert set(all_cells((10, 15, 20), quick=True)) < set(cells)
+
+
+def test_the_page_shows_the_tables_of_the_kept_results():
+    results = json.loads(RESULTS.read_text())
+    assert shown(PAGE) == report.tables(results).strip()
+    assert PICTURE.is_file()
+    assert PICTURE.stat().st_size < 150_000
+    assert results["knowledge"]["questions"]["targets"] == sum(results["knowledge"]["targets"].values())
+    assert {c["cell"]["layer"] for c in results["cells"]} <= {-1, 10, 15, 20}
+    for cell in results["cells"]:
+        for mean, low, high, n in cell["metrics"].values():
+            assert low <= mean <= high
+            assert 1 <= n <= len(results["knowledge"]["targets"])
