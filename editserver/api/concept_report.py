@@ -3,7 +3,8 @@
 Removal is read by a frozen probe: fitted on what a dictionary sees in the unedited training texts (per text the mean activation of
 each latent), applied to what it sees in held-out texts, unedited and edited. The dictionary is the served one at the highest layer
 above the edit, so that the model itself has worked with what was left; without one it is the concept's own, reading the edited
-stream. Cost is read as the perplexity of the held-out texts themselves.
+stream. Cost is read as the perplexity of the held-out texts themselves. The unedited passes carry an edit too, which rounds away:
+an edited residual stream is rounded to bfloat16 once more than one that no edit touches, and that is no effect of the concept.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def test_features_show_what_is_known_and_null_for_what_is_not(http: httpx.Client
         ("/v1/library/rulesets", None),
         ("/v1/library/maps/nope", "unknown_map"),
         ("/v1/library/concepts/nope", "unknown_concept"),
-        ("/v1/jobs/1", None),
+        ("/v1/jobs/1", "unknown_job"),
     ],
 )
 def test_an_unknown_path_resource_is_404_in_the_envelope(http: httpx.Client, path: str, code: str | None) -> None:

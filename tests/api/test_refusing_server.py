@@ -56,6 +56,7 @@ def test_without_the_key_nothing_of_ours_is_served(strict: Server) -> None:
         answers = [stranger.get(path) for path in paths]
         answers += [stranger.put("/v1/library/vectors/a", json={}), stranger.delete("/v1/library/vectors/a")]
         answers += [stranger.post(f"/v1/saes/{RELU}/activations", json={"input": "a b"}), ask(stranger, 0.1)]
+        answers += [stranger.post("/v1/concepts/fit", json={}), stranger.get("/v1/jobs"), stranger.delete("/v1/jobs/x")]
         for answer in answers:
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "unauthorized"
@@ -90,6 +91,10 @@ def test_what_needs_the_full_encode_is_refused_with_the_flag(http: httpx.Client)
     for fields in ({"interventions": [edit]}, {"interventions": None, "inspect": {"sae": RELU, "top_k": 1}}):
         error = ask(http, 0.1, **fields).json()["error"]
         assert "--full-encode" in error["message"]
+    fit = {"name": "c", "sae": RELU, "concepts": {"a": ["a b"], "b": ["c d"]}, "target": "a"}
+    error = http.post("/v1/concepts/fit", json=fit).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_artifact", "sae")
+    assert f"--full-encode {RELU}" in error["message"]
     saes = {sae["id"]: sae for sae in http.get("/v1/saes").json()["data"]}
     assert (saes[RELU]["editable"], saes[RELU]["top_k"]) == (True, False)
     assert (saes[TOPK]["editable"], saes[TOPK]["top_k"], saes[TOPK]["execution"]) == (False, False, "dictionary")
