@@ -14,6 +14,9 @@ from editserver.cli.fit_map_job import Measured, Outcome
 from interventions.maps.calibration import Rate
 from interventions.maps.plots import Curve, draw_map
 
+_SHOWN = 10
+"""Latents of a kind in the table; the report files have all."""
+
 
 def write_report(outcome: Outcome) -> None:
     """``report.json`` and ``report.png`` in the folder that was asked for."""
@@ -122,9 +125,12 @@ def _unknown_table(outcome: Outcome) -> Table:
         "latent", "kind", "score", "mean, known", "mean, unknown", title=_title(outcome), title_justify="left"
     )
     for kind in ("known", "unknown"):
-        for latent, score in zip(fit["latents"][kind], fit["latents"][f"{kind}_scores"], strict=True):
+        pairs = list(zip(fit["latents"][kind], fit["latents"][f"{kind}_scores"], strict=True))
+        for latent, score in pairs[:_SHOWN]:
             means = fit["means"][str(latent)]
             table.add_row(str(latent), kind, f"{score:.2f}", f"{means['known']:.2f}", f"{means['unknown']:.2f}")
+        if pairs[_SHOWN:]:
+            table.add_row("…", f"{kind}, {len(pairs) - _SHOWN} more", "", "", "")
     n, length, apart = fit["entities"], fit["length_auroc"], fit["known_against_unknown"]
     table.caption = _plain(
         f"{n['fitted'][0]} known and {n['fitted'][1]} unknown entities to fit, {n['judged'][0]} and {n['judged'][1]} to "
