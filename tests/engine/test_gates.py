@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from editserver.engine.compat.core import _salted
 from editserver.engine.compat.kv_groups import whole_group
+from editserver.engine.config import EngineConfig
 from editserver.engine.wire import KEY
 from interventions.program import Payload
 from interventions.selectors import Selector
@@ -71,6 +73,12 @@ def test_a_payload_with_unresolved_mentions_is_refused(lab: Lab) -> None:
     program = compiled.program
     assert program is not None
     program = type(program)(program.layers, (Selector(inside=((2, 3),)),), program.vectors)
-    params = SamplingParams(max_tokens=1, extra_args={KEY: Payload(program, (), program.digest()).to_bytes()})
-    with pytest.raises(ValueError, match="must be resolved to positions"):
-        lab.engine.llm.generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
+    for sent in (program, program.resolved([1, 2, 3])):
+        params = SamplingParams(max_tokens=1, extra_args={KEY: Payload(sent, (), sent.digest()).to_bytes()})
+        request = SimpleNamespace(sampling_params=params, prompt_token_ids=[1, 2, 3], cache_salt=None)
+        if sent is program:
+            with pytest.raises(ValueError, match="must be resolved to positions"):
+                _salted(request, EngineConfig.of(lab.engine.core.vllm_config))
+        else:
+            _salted(request, EngineConfig.of(lab.engine.core.vllm_config))
+            assert request.cache_salt is not None

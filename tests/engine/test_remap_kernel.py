@@ -334,3 +334,28 @@ def test_a_source_of_another_dictionary_is_refused() -> None:
     server.add("a", run)
     with pytest.raises(ValueError, match="sources are latents of the same SAE"):
         server.step({"a": (run, 0, 3, 0)})
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "topk", "polysae"])
+def test_sources_are_what_they_were_before_any_edit(name: str) -> None:
+    """A → B → C shifts each activation by one, in whatever order the channels come."""
+    sae, inf = dictionaries()[1][name], float("inf")
+    keys = [feature_key(sae.digest, i) for i in range(6)]
+    channels = [
+        Channel(
+            read_kind(sae),
+            key,
+            (Op(0.0, 0.0, -inf, inf, False, 0, 0, OpKind.REMAP, gamma=1.0, source=keys[(i + 1) % 6]),),
+        )
+        for i, key in enumerate(keys)
+    ]
+    hidden = torch.from_numpy(np.random.default_rng(2).normal(size=(16, D)) * 9).float()
+    run = Run(
+        Program((LayerProgram(LAYER, tuple(channels)),), (ALL,), {}), torch.zeros(16, dtype=torch.int64), 9, hidden
+    )
+    after, sure = run_through(Server(), "a", run, np.random.default_rng(1)), ~run.doubtful()
+    a = sae.encode(hidden)
+    x = a.clone()
+    x[1:, :6] = a[1:, [1, 2, 3, 4, 5, 0]]
+    assert sure.sum() >= 6
+    torch.testing.assert_close((after - hidden)[sure], sae.delta(hidden, a, x)[sure], rtol=1e-3, atol=2e-3)
