@@ -426,7 +426,8 @@ def test_ctrl_c_cancels_the_job_of_the_command(server: Server, http: httpx.Clien
     def interrupt() -> None:
         with server.client() as other:
             while not any(
-                job["name"] == "stopped" and job["progress"]["done"] for job in other.get("/v1/jobs").json()["data"]
+                job["name"] == "stopped" and job["state"] == "running" and job["progress"]["done"]
+                for job in other.get("/v1/jobs").json()["data"]
             ):
                 time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
@@ -450,7 +451,7 @@ def test_ctrl_c_cancels_the_job_of_the_command(server: Server, http: httpx.Clien
     thread.join()
     assert done.exit_code == 130
     assert "nothing was stored" in done.stderr
-    (job,) = [job for job in http.get("/v1/jobs").json()["data"] if job["name"] == "stopped"]
+    job = [job for job in http.get("/v1/jobs").json()["data"] if job["name"] == "stopped"][-1]
     assert job["state"] == "cancelled"
 
 
