@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from interventions.maps.calibration import calibrate
 from interventions.maps.fit_topic import TopicSettings, check_formats, fit_topic, split_texts
 from interventions.maps.gates import CusumGate, ShareGate, WindowGate, statistic
 from interventions.maps.map import AllTokens, LatentMap, TriggerTokens
@@ -48,6 +49,8 @@ def test_the_threshold_keeps_its_rate_on_texts_of_another_draw(gate) -> None:
     assert facts.n == 150
     assert fit.gate.gate.threshold == facts.threshold > 0
     assert set(fit.gate.evidence) == set(PLANTED)
+    apart = [statistic(fit.gate.gate, noisy[i].hits(PLANTED)) for i in fit.retain_parts.calibrate]
+    assert facts == calibrate(apart, 0.1)  # of texts that selected nothing
     fresh = [statistic(fit.gate.gate, reading.hits(PLANTED)) > facts.threshold for reading in texts(600, 4, 0.05)]
     assert facts.low - 0.03 <= np.mean(fresh) <= facts.high + 0.03
     assert fit.detection.opened_retain.n == 150
