@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one set, one seed, few texts: whether it works, no result"
     )
-    parser.add_argument("--seeds", type=int, help="how many (default 5, quick 1)")
+    parser.add_argument("--tables", action="store_true", help="print the tables of the recorded run; measure nothing")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the model (default bfloat16, as served)")
     parser.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
     parser.add_argument("--cache", type=Path, help="folder of finished cells (default: below the cache of the machine)")
