@@ -35,7 +35,7 @@ def _in_short(groups: Mapping[str, Sequence[Cell]]) -> str:
     """Verdicts counted: every reading, level and text set, in each set and in all together."""
     rows = []
     for other in METHODS[:-1]:
-        row = [other]
+        row: list[str] = [other]
         for names in ([name for name in groups if name != "all"], ["all"] if "all" in groups else []):
             found = [
                 compare(groups[name], other, reading, texts, level)
