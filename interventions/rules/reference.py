@@ -158,7 +158,7 @@ class _Run:
 
     def _scope(self, atom: Evidence | Ordered, t: int) -> range:
         if atom.scope == "prompt":
-            return range(1, self.prompt_len)
+            return range(1, min(self.prompt_len, t + 1))
         first = max(1, t - atom.window + 1) if isinstance(atom, Evidence) and atom.scope == "last" else 1
         return range(first, t + 1)
 
@@ -168,8 +168,6 @@ class _Run:
     def _order(self, atom: Ordered, t: int) -> list[int]:
         """The latest positions of the parts, in order; empty when there are none."""
         scope = self._scope(atom, t)
-        if scope.stop > t + 1:
-            return []
         stop, found = scope.stop, list[int]()
         for part in reversed(atom.parts):
             places = self._found(part, range(scope.start, stop))
@@ -189,12 +187,12 @@ class _Run:
             values = [(part, self._truth(part, t, proofs)[0]) for part in formula.parts]
             return [reason for part, value in values for reason in self._reasons(part, value, t, proofs)]
         if not hasattr(formula, "parts") or isinstance(formula, Ordered):
-            return [self._reason(formula, wanted, t, proofs)]  # type: ignore[arg-type]
+            return [self._reason(formula, wanted, t, proofs)]
         if isinstance(formula, And) == wanted:
             return [reason for part in formula.parts for reason in self._reasons(part, wanted, t, proofs)]
         for part in formula.parts:
             if self._truth(part, t, proofs)[not wanted]:
-                return self._reasons(part, wanted, t, proofs)  # type: ignore[arg-type]
+                return self._reasons(part, wanted, t, proofs)
         raise AssertionError("no part of a disjunction explains it")
 
     def _reason(self, atom: Atom, wanted: bool, t: int, proofs: Mapping[str, Proof]) -> Reason:
