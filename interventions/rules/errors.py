@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from interventions.errors import Code, InterventionError
 from interventions.wording import printable
@@ -41,6 +42,14 @@ class RuleError(InterventionError):
     def __init__(self, message: str, place: Place = NOWHERE, code: Code = "rule_syntax") -> None:
         where = str(place)
         super().__init__(code, printable(f"{where}: {message}" if where else message), place.path or None)
+        self.detail = message
         self.place = place
         self.line = place.line or None
         self.column = place.column or None
+
+    def under(self, path: str) -> RuleError:
+        """The same error in a text that is the field ``path``; an error that has a path keeps it."""
+        if not path or self.place.path:
+            return self
+        place = Place(self.place.line, self.place.column, path)
+        return RuleError(self.detail, place, cast(Code, self.code))

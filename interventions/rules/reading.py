@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from interventions.rules.build import Context, build
-from interventions.rules.errors import Place
+from interventions.rules.errors import Place, RuleError
 from interventions.rules.json_form import expression, read_json
 from interventions.rules.ruleset import Ruleset
-from interventions.rules.syntax import Clause
+from interventions.rules.syntax import Clause, Statement
 from interventions.rules.text import read_ruleset
 
 OPEN = Context()
@@ -31,7 +31,7 @@ def parse_ruleset(raw: Any, context: Context = OPEN, param: str = "") -> Ruleset
         RuleError: what is wrong and where: line and column in a text, the path in JSON.
     """
     statements = read_ruleset(raw, param) if isinstance(raw, str) else read_json(raw, param)
-    return build(statements, context)
+    return _built(statements, context, param)
 
 
 def parse_when(raw: Any, context: Context = OPEN, param: str = "", conclusions: Collection[str] = ()) -> Ruleset:
@@ -48,4 +48,11 @@ def parse_when(raw: Any, context: Context = OPEN, param: str = "", conclusions: 
     """
     place = Place(path=param)
     body = expression(raw, place)
-    return build([Clause(body.place, WHEN, body, WHEN, body.place, False)], context, conclusions)
+    return _built([Clause(body.place, WHEN, body, WHEN, body.place, False)], context, param, conclusions)
+
+
+def _built(statements: Sequence[Statement], context: Context, param: str, conclusions: Collection[str] = ()) -> Ruleset:
+    try:
+        return build(statements, context, conclusions)
+    except RuleError as error:
+        raise error.under(param) from None

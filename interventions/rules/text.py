@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from lark import Lark, Token, Transformer, v_args
-from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken, VisitError
+from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
 
 from interventions.rules import numbers
 from interventions.rules.errors import Place, RuleError
@@ -299,19 +299,10 @@ def _read(text: str, start: str, path: str) -> Any:
         raise RuleError(message, Place(path=path), "limit_exceeded")
     try:
         return _parser().parse(text, start=start)
-    except VisitError as error:
-        _again(error.orig_exc, path)
     except RuleError as error:
-        _again(error, path)
+        raise error.under(path) from None
     except UnexpectedInput as error:
         raise _syntax(error, text, path) from None
-
-
-def _again(error: Exception, path: str) -> NoReturn:
-    if isinstance(error, RuleError) and path and not error.place.path:
-        message = error.message.removeprefix(f"{error.place}: ")
-        raise RuleError(message, Place(error.place.line, error.place.column, path), cast(Any, error.code)) from None
-    raise error
 
 
 _SHOWN = {

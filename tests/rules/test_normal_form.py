@@ -136,7 +136,7 @@ def test_two_small_formulas_share_a_normal_form_exactly_when_they_mean_the_same(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, 5).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 2 ** 2**n - 1))))
+@given(st.integers(1, 5).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 2**2**n - 1))))
 def test_each_boolean_form_gives_its_table_back(case) -> None:
     n, table = case
     everything = full(n)
