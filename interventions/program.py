@@ -37,6 +37,7 @@ from typing import Literal
 import msgspec
 
 from interventions.maps import gates
+from interventions.rules.code import RuleProgram
 from interventions.selectors import Selector
 
 TABLE_HEADER = 3
@@ -103,6 +104,8 @@ class GateKind(IntEnum):
     """Where the share of hits among the last ``window`` tokens is above the threshold."""
     CUSUM = 4
     """Where Page's cumulative sum is above the threshold."""
+    RULE = 5
+    """Where action number ``action`` of the program's rules is active."""
 
 
 class Gate(msgspec.Struct, frozen=True, array_like=True):
@@ -120,17 +123,19 @@ class Gate(msgspec.Struct, frozen=True, array_like=True):
     reset: bool = False
     latch: bool = False
     include_bos: bool = False
+    action: int = -1
+    """RULE: which of ``Program.rules.actions``; it has no evidence of its own."""
 
     @property
     def over_sequence(self) -> bool:
-        """Whether earlier tokens matter: then hit bits are remembered by position."""
-        return self.kind is not GateKind.TRIGGER
+        """Whether it has a statistic over earlier tokens: then hit bits are remembered by position."""
+        return self.kind not in (GateKind.TRIGGER, GateKind.RULE)
 
     @property
     def rule(self) -> gates.Gate:
-        """The statistic and its threshold; ValueError for a trigger, which has none."""
-        if self.kind is GateKind.TRIGGER:
-            raise ValueError("a trigger looks at single tokens: it has no statistic")
+        """The statistic and its threshold; ValueError for triggers and rules, which have none."""
+        if not self.over_sequence:
+            raise ValueError(f"a gate of kind {self.kind.name} has no statistic")
         if self.kind is GateKind.WINDOW:
             return gates.WindowGate(self.threshold, self.window, self.least, self.latch, self.include_bos)
         if self.kind is GateKind.CUSUM:
@@ -196,11 +201,14 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
     """Upper bound of ||delta|| / ||h|| per token and layer."""
     refuse_over_dose: bool = False
     """What happens above ``max_dose``: False scales the delta down, True ends the request."""
+    rules: RuleProgram | None = None
+    """What the gates of kind RULE follow, and what is reported or refused on."""
 
     @property
     def needs_prompt_len(self) -> bool:
         """Whether two requests with equal prefixes but different prompt lengths can differ under this program."""
         over_prompt = any(gate.kind is GateKind.SHARE_PROMPT for layer in self.layers for gate in layer.gates)
+        over_prompt |= self.rules is not None and self.rules.needs_prompt_len
         return over_prompt or any(s.needs_prompt_len for s in self.selectors)
 
     def resolved(self, prompt: Sequence[int]) -> Program:
@@ -219,6 +227,7 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
                 keys.update(dict.fromkeys((channel.row, *named)))
             for gate in layer.gates:
                 keys.update(dict.fromkeys(gate.evidence))
+        keys.update(dict.fromkeys(self.rules.row_keys if self.rules else ()))
         return tuple(keys)
 
     @property
@@ -263,6 +272,9 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
                         put("scope", hashed[op.scope])
                     for gate in op.gates:
                         put("gate", gate)
+        if self.rules is not None:  # all of it: the bits that are kept with the KV cache are numbered by it
+            put("rules")
+            sha.update(msgspec.msgpack.encode(self.rules))
         return sha.hexdigest()
 
 
