@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from editserver.engine.config import EngineConfig, SAESource
-from editserver.library import ConceptLibrary, MapLibrary, VectorLibrary
+from editserver.library import ConceptLibrary, MapLibrary, RulesetLibrary, VectorLibrary
 from editserver.settings import Settings
 from interventions.catalogue import how_to_edit, needs_full_encode
 from interventions.concepts.concept import Concept
@@ -19,6 +19,8 @@ from interventions.errors import InterventionError
 from interventions.limits import Limits
 from interventions.maps.map import LatentMap
 from interventions.remapping import check_map
+from interventions.rules.build import Context, Dictionary
+from interventions.rules.proposition import Proposition
 from interventions.wording import choices, nearest, show
 from sae_weights.architectures import ARCHITECTURES
 from sae_weights.catalogue import resolve
@@ -219,6 +221,7 @@ class ServedCatalogue:
     library: VectorLibrary
     concepts: ConceptLibrary
     maps: MapLibrary
+    rulesets: RulesetLibrary
     tokenizer: Any
     model: str = ""
     """The served name; empty where nobody gave it one: then concepts and maps are bound by their SAE alone."""
@@ -255,6 +258,28 @@ class ServedCatalogue:
         found = self.maps.get(name)
         with _of_this_server("map", name):
             return self.dictionary_of_map(found), found
+
+    def ruleset(self, name: str) -> str | Mapping[str, Any]:
+        """The library rule set called ``name`` as it was written, in text or JSON; raises ``unknown_ruleset``."""
+        return self.rulesets.get(name).source
+
+    def rule_context(self) -> Context:
+        """What rules may name here: the dictionaries whose latents can be read, and the library's detectors."""
+        dictionaries = {sae.id: Dictionary(sae.layer, sae.sae.n_features) for sae in self.saes.values() if sae.editable}
+        return Context(dictionaries, self._detectors(), self.limits)
+
+    def _detectors(self) -> dict[str, Proposition]:
+        """The propositions that concepts of the library bring, of those that were fitted on what is served here."""
+        found: dict[str, Proposition] = {}
+        for listing in self.concepts.listings():
+            try:
+                served, concept = self.concept(listing.name)
+            except InterventionError:
+                continue  # another server's, or damaged: a rule that names it is told that there is none
+            detector = getattr(concept, "detector", None)
+            if detector is not None and served.editable:
+                found |= detector.propositions(listing.name, served.id)
+        return found
 
     def dictionary_of(self, concept: Concept) -> ServedSAE:
         """The dictionary on which ``concept`` was fitted.
@@ -345,6 +370,7 @@ def build_catalogue(
         library=VectorLibrary(settings.library),
         concepts=ConceptLibrary(settings.library),
         maps=MapLibrary(settings.library),
+        rulesets=RulesetLibrary(settings.library),
         tokenizer=tokenizer,
         model=model,
     )

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 
 from editserver import metrics
 from interventions.errors import Code, InterventionError
+from interventions.rules.errors import RuleError
 from interventions.wording import printable
 
 RETRY_AFTER_S = 1
@@ -19,10 +20,13 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 def envelope(error: InterventionError) -> dict[str, Any]:
-    """``{"error": {"message", "type", "param", "code"}}``."""
+    """``{"error": {"message", "type", "param", "code"}}``; of a rule's text with ``line`` and ``column`` (from 1)."""
     kind = "server_error" if error.status >= 500 else _TYPES.get(error.status, "invalid_request_error")
     param = None if error.param is None else printable(error.param)
-    return {"error": {"message": printable(error.message), "type": kind, "param": param, "code": error.code}}
+    told: dict[str, Any] = {"message": printable(error.message), "type": kind, "param": param, "code": error.code}
+    if isinstance(error, RuleError) and error.line is not None:
+        told |= {"line": error.line, "column": error.column}
+    return {"error": told}
 
 
 def error_response(error: InterventionError) -> JSONResponse:

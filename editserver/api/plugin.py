@@ -22,6 +22,7 @@ from editserver.api import (
     routes_jobs,
     routes_library,
     routes_missing,
+    routes_rulesets,
 )
 from editserver.api.capacity import Capacity
 from editserver.api.guard import BodyGuard, UnauthorizedEnvelope
@@ -44,6 +45,7 @@ _ROUTES = (
     routes_concepts,
     routes_jobs,
     routes_library,
+    routes_rulesets,
     routes_missing,
 )
 

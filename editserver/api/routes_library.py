@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request
 
 from editserver.api.body import read_json
 from editserver.api.errors import not_found
+from editserver.api.rulesets import SCHEMA, parse_stored, shown_normal
 from editserver.api.state import editing
 from editserver.catalogue import ServedCatalogue
-from editserver.library import Library, Vector, concept_body, parse_concept, parse_vector
+from editserver.library import Library, StoredRuleset, Vector, concept_body, parse_concept, parse_vector
 from interventions.concepts.concept import FACTS, TENSORS, Concept
 from interventions.errors import InterventionError
 from interventions.maps.body import from_body, to_body
@@ -125,6 +126,10 @@ _MAP: dict[str, Any] = {
     },
 }
 
+_RULESET: dict[str, Any] = SCHEMA | {
+    "properties": SCHEMA["properties"] | {"description": {"type": "string"}, "meta": {"type": "object"}}
+}
+
 
 def _parse_vector(raw: Any, catalogue: ServedCatalogue) -> Vector:
     return parse_vector(raw, catalogue.d_model, catalogue.n_layers)
@@ -156,6 +161,7 @@ class Kind:
         parse: a body, checked against the server.
         body: inverse of ``parse``.
         schema: JSON schema of the body.
+        beside: what ``GET`` shows beside the body, which a server makes of it.
     """
 
     name: str
@@ -163,12 +169,14 @@ class Kind:
     parse: Callable[[Any, ServedCatalogue], Any]
     body: Callable[[Any], dict[str, Any]]
     schema: dict[str, Any]
+    beside: Callable[[Any, ServedCatalogue], dict[str, Any]] = lambda artefact, catalogue: {}
 
 
 KINDS = (
     Kind("vectors", lambda catalogue: catalogue.library, _parse_vector, Vector.body, _VECTOR),
     Kind("concepts", lambda catalogue: catalogue.concepts, _parse_concept, concept_body, _CONCEPT),
     Kind("maps", lambda catalogue: catalogue.maps, _parse_map, to_body, _MAP),
+    Kind("rulesets", lambda catalogue: catalogue.rulesets, parse_stored, StoredRuleset.body, _RULESET, shown_normal),
 )
 
 
@@ -188,9 +196,12 @@ def _add(kind: Kind) -> None:
 
     async def get(request: Request, name: str) -> dict[str, Any]:
         """One artefact with its body."""
-        library = kind.library(editing(request).catalogue)
+        catalogue = editing(request).catalogue
+        library = kind.library(catalogue)
         try:
-            return library.find(name).as_dict() | {"body": kind.body(library.get(name))}
+            artefact = library.get(name)
+            shown = library.find(name).as_dict() | {"body": kind.body(artefact)}
+            return shown | kind.beside(artefact, catalogue)
         except InterventionError as error:
             raise _in_path(error, library) from None
 

@@ -14,7 +14,7 @@ _PATHS = (
     "/v1/saes/{rest:path}",
     "/v1/jobs/{rest:path}",
     "/v1/concepts/{rest:path}",
-    "/v1/rulesets/check",
+    "/v1/rulesets/{rest:path}",
 )
 
 

@@ -1,0 +1,104 @@
+"""A rule set against this server: parsed, its names looked up, its actions compiled; and its normal form as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from editserver.api.errors import as_code, envelope
+from editserver.catalogue import ServedCatalogue
+from editserver.library import StoredRuleset, parse_ruleset_body, split_source
+from interventions.compile import compile_request
+from interventions.errors import InterventionError
+from interventions.rules.checks import check_layer_order
+from interventions.rules.errors import RuleError
+from interventions.rules.reading import parse_ruleset
+from interventions.rules.ruleset import Action, Ruleset
+from interventions.spec import parse_interventions
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "description": "A rule set: its text, or its JSON form.",
+    "properties": {
+        "text": {"type": "string", "description": "The text form."},
+        "propositions": {"type": "object", "description": "Name → proposition."},
+        "rules": {"type": "array", "items": {"type": "object"}},
+        "actions": {"type": "array", "items": {"type": "object"}},
+    },
+    "examples": [
+        {
+            "text": "proposition music = feature(smollm2-135m/l15, 1234) >= 4\n"
+            "rule topic: at least 2 of prompt(music) -> latch musical\n"
+            "on musical: flag\n"
+        }
+    ],
+}
+
+
+def check_ruleset(source: str | Mapping[str, Any], catalogue: ServedCatalogue) -> Ruleset:
+    """The normal form of a rule set that this server can run.
+
+    Raises:
+        RuleError: what is wrong, with line and column of the text or the path in the JSON form.
+        InterventionError: an action that this server cannot carry out.
+    """
+    text = isinstance(source, str)
+    ruleset = parse_ruleset(source, catalogue.rule_context(), "text" if text else "")
+    saes = catalogue.saes
+    try:
+        check_layer_order(ruleset, lambda sae: saes[sae].layer, lambda action: _layers(action, catalogue))
+    except RuleError as error:
+        raise error.under("text" if text else "") from None
+    return ruleset
+
+
+def _layers(action: Action, catalogue: ServedCatalogue) -> tuple[int, ...]:
+    try:
+        return compile_request(parse_interventions([json.loads(action.payload)]), [], catalogue).entries[0].layers
+    except InterventionError as error:
+        message = error.message.replace("interventions[0]", "intervention")
+        raise RuleError(message, action.place, as_code(error.code)) from None
+
+
+def normal_form(ruleset: Ruleset) -> dict[str, Any]:
+    """``{"text", "json", "digest", "propositions", "conclusions", "rules", "actions"}``: what it says, written in one way.
+
+    The last four are what there is of each: propositions by name with their text, conclusions by name, rules and actions
+    as text.
+    """
+    return {
+        "text": ruleset.text,
+        "json": ruleset.as_json(),
+        "digest": ruleset.digest,
+        "propositions": {name: found.text for name, found in ruleset.propositions.items()},
+        "conclusions": sorted({rule.head for rule in ruleset.rules}),
+        "rules": [rule.text for rule in ruleset.rules],
+        "actions": [action.text for action in ruleset.actions],
+    }
+
+
+def parse_stored(raw: Any, catalogue: ServedCatalogue) -> StoredRuleset:
+    """The body of a library rule set, checked against this server.
+
+    Raises:
+        InterventionError: ``invalid_artifact``, or as :func:`check_ruleset`.
+    """
+    stored = parse_ruleset_body(raw)
+    check_ruleset(stored.source, catalogue)
+    return stored
+
+
+def shown_normal(stored: StoredRuleset, catalogue: ServedCatalogue) -> dict[str, Any]:
+    """``{"normal": …}`` of a stored rule set as this server would run it now, or ``{"normal": null, "problem": …}``."""
+    try:
+        return {"normal": normal_form(check_ruleset(stored.source, catalogue))}
+    except InterventionError as error:
+        return {"normal": None, "problem": envelope(error)["error"]}
+
+
+def check_body(raw: Any, catalogue: ServedCatalogue) -> dict[str, Any]:
+    """The answer of ``POST /v1/rulesets/check``."""
+    source, _ = split_source(raw)
+    return normal_form(check_ruleset(source, catalogue))
