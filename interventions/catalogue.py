@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from interventions.concepts.concept import Concept
 from interventions.limits import Limits
 from interventions.maps.map import LatentMap
+from interventions.rules.build import Context
 from sae_weights.architectures import ARCHITECTURES
 from sae_weights.sae import SAE
 
@@ -80,6 +81,12 @@ class Catalogue(Protocol):
 
         Raises ``unknown_map``, or ``invalid_artifact`` where it was fitted on something else than what is here.
         """
+
+    def ruleset(self, name: str) -> Any:
+        """The library rule set of that name, as text or in the JSON form; raises ``unknown_ruleset``."""
+
+    def rule_context(self) -> Context:
+        """What rules may name: the dictionaries that can be read, the library's propositions, the limits."""
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""

@@ -2,14 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from interventions.errors import Code, InterventionError
 from interventions.program import Gate, Payload, Program, Read
+from interventions.rules.ruleset import Ruleset
 from interventions.selectors import Selector
+
+
+@dataclass(frozen=True)
+class RuleAction:
+    """One thing that is done where a conclusion holds.
+
+    Attributes:
+        number: which of ``Program.rules.actions``; actions of equal meaning (one conclusion, one duration, both refusing or
+            both not) share a number.
+        intervention: index in the request.
+        conclusion: its name as written; "when" for the gate of an intervention.
+        kind: as in the rule set, or "when".
+        type: of a ``do``, the type of its intervention.
+        message: of a ``refuse``, the answer.
+        text: the action as written, in normal form.
+        layers: where a ``do`` or ``when`` writes, ascending.
+        noop: whether a ``do`` is an intervention that changes nothing.
+        selector: of a ``do``, the tokens of its intervention.
+        param: its place in the request.
+    """
+
+    number: int
+    intervention: int
+    conclusion: str
+    kind: Literal["do", "refuse", "flag", "log", "when"]
+    type: str = ""
+    message: str = ""
+    text: str = ""
+    layers: tuple[int, ...] = ()
+    noop: bool = False
+    selector: Selector | None = None
+    param: str = ""
+
+
+@dataclass(frozen=True)
+class RuleSetPart:
+    """One ``rules`` entry and the numbers of what it names.
+
+    Attributes:
+        intervention: index in the request.
+        ruleset: as it runs: the entry's ``when`` is part of every body.
+        digest: of the rule set as named or written, without that ``when``.
+        propositions, conclusions: name in ``ruleset`` → number in ``Program.rules``.
+        actions: the number of each of ``ruleset.actions``.
+        given: conclusions of other rule sets that the ``when`` names → number.
+    """
+
+    intervention: int
+    ruleset: Ruleset
+    digest: str
+    propositions: Mapping[str, int]
+    conclusions: Mapping[str, int]
+    actions: tuple[int, ...]
+    given: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class RuleNames:
+    """What the numbers of ``Program.rules`` are called, and what they are for.
+
+    Attributes:
+        propositions: number → the first name as written, the text of an inline one.
+        conclusions: number → the first name.
+        actions: in request order, then as ordered in the rule set: not by number.
+        sets: the ``rules`` entries that have rules.
+    """
+
+    propositions: tuple[str, ...]
+    conclusions: tuple[str, ...]
+    actions: tuple[RuleAction, ...]
+    sets: tuple[RuleSetPart, ...]
+
+    def part(self, intervention: int) -> RuleSetPart | None:
+        """The rule set of an intervention, by its index in the request."""
+        return next((part for part in self.sets if part.intervention == intervention), None)
+
+    def at(self, intervention: int) -> tuple[RuleAction, ...]:
+        """The actions of an intervention, by its index in the request."""
+        return tuple(action for action in self.actions if action.intervention == intervention)
+
+    def refusal(self, active: Sequence[bool]) -> RuleAction | None:
+        """Of the refusing actions active at a token (bool by number), the one that comes first in the request."""
+        return next((one for one in self.actions if one.kind == "refuse" and active[one.number]), None)
 
 
 @dataclass(frozen=True)
@@ -26,6 +111,8 @@ class Entry:
         approximate: whether it edits a stand-in: an SAE whose membership rule a calibrated threshold replaces.
         scope: the mentions that it is confined to, ``None`` = anywhere.
         gate: the sequence gate behind which it is.
+        when: the number of the action (of ``Program.rules``) that is active where its ``when`` holds; ``None`` = it has no
+            ``when``, or is a rule set, whose ``when`` is part of its bodies.
     """
 
     id: str
@@ -37,6 +124,7 @@ class Entry:
     approximate: bool = False
     scope: Selector | None = None
     gate: Gate | None = None
+    when: int | None = None
 
     def count(self, token_ids: Sequence[int], prompt_len: int) -> tuple[int, int]:
         """``(selected, selected in the prompt)`` among the tokens at positions 0, 1, 2, …: in selector and scope.
@@ -65,6 +153,7 @@ class Compiled:
         inspects_prompt: whether a read can select a prompt position (then the prefix cache must not be read).
         inspect_params: the place of each read in the request.
         inspect_approximate: whether each read looks at a stand-in, as ``Entry.approximate``.
+        rules: names for ``program.rules``.
     """
 
     program: Program | None
@@ -75,6 +164,7 @@ class Compiled:
     inspects_prompt: bool = False
     inspect_params: tuple[str, ...] = ()
     inspect_approximate: tuple[bool, ...] = ()
+    rules: RuleNames | None = None
 
     def resolved(self, prompt: Sequence[int]) -> Compiled:
         """The same for one prompt (token ids): mentions that are looked up in it become positions, before any digest."""
