@@ -278,7 +278,7 @@ class ServedCatalogue:
                 continue  # another server's, or damaged: a rule that names it is told that there is none
             detector = getattr(concept, "detector", None)
             if detector is not None and served.editable:
-                found |= detector.propositions(listing.name, served.id)
+                found |= detector.propositions(sae_id=served.id, name=listing.name)
         return found
 
     def dictionary_of(self, concept: Concept) -> ServedSAE:

@@ -161,7 +161,7 @@ class Kind:
         parse: a body, checked against the server.
         body: inverse of ``parse``.
         schema: JSON schema of the body.
-        beside: what ``GET`` shows beside the body, which a server makes of it.
+        beside: what ``GET`` shows beside the body: what this server makes of it, by name.
     """
 
     name: str
@@ -169,7 +169,7 @@ class Kind:
     parse: Callable[[Any, ServedCatalogue], Any]
     body: Callable[[Any], dict[str, Any]]
     schema: dict[str, Any]
-    beside: Callable[[Any, ServedCatalogue], dict[str, Any]] = lambda artefact, catalogue: {}
+    beside: Callable[[str, Any, ServedCatalogue], dict[str, Any]] = lambda name, artefact, catalogue: {}
 
 
 KINDS = (
@@ -201,7 +201,7 @@ def _add(kind: Kind) -> None:
         try:
             artefact = library.get(name)
             shown = library.find(name).as_dict() | {"body": kind.body(artefact)}
-            return shown | kind.beside(artefact, catalogue)
+            return shown | kind.beside(name, artefact, catalogue)
         except InterventionError as error:
             raise _in_path(error, library) from None
 

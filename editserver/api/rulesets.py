@@ -90,8 +90,8 @@ def parse_stored(raw: Any, catalogue: ServedCatalogue) -> StoredRuleset:
     return stored
 
 
-def shown_normal(stored: StoredRuleset, catalogue: ServedCatalogue) -> dict[str, Any]:
-    """``{"normal": …}`` of a stored rule set as this server would run it now, or ``{"normal": null, "problem": …}``."""
+def shown_normal(name: str, stored: StoredRuleset, catalogue: ServedCatalogue) -> dict[str, Any]:
+    """``{"normal": …}`` of the rule set ``name`` as this server would run it now, or ``{"normal": null, "problem": …}``."""
     try:
         return {"normal": normal_form(check_ruleset(stored.source, catalogue))}
     except InterventionError as error:
