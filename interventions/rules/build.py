@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
 
-from interventions.errors import InterventionError
 from interventions.limits import Limits
+from interventions.rules.actions import action
 from interventions.rules.canonical import alternatives, canonical
 from interventions.rules.checks import check_latches, closed_conclusions, is_closed, stratify
 from interventions.rules.errors import Place, RuleError
 from interventions.rules.formula import (
     PPM,
     And,
+    Atom,
     Concluded,
     Evidence,
     Formula,
@@ -25,11 +25,12 @@ from interventions.rules.formula import (
     Ordered,
     PromptEnded,
     Xor,
+    atoms,
     held_names,
 )
 from interventions.rules.grammar import KEYWORDS
 from interventions.rules.proposition import Proposition
-from interventions.rules.ruleset import Action, Rule, Ruleset
+from interventions.rules.ruleset import Rule, Ruleset
 from interventions.rules.syntax import (
     Chain,
     Clause,
@@ -44,12 +45,14 @@ from interventions.rules.syntax import (
     Scope,
     Statement,
 )
-from interventions.spec import parse_interventions
-from interventions.wording import nearest, printable, show
+from interventions.wording import nearest, show
 
 MAX_ALTERNATIVES = 4
 """``seen(a or b)`` is written as ``seen(a) or seen(b)`` up to so many parts."""
-MAX_PAYLOAD_DEPTH = 16
+MAX_NODES = 4096
+"""Most names and operators of all bodies of a rule set, variables expanded."""
+MAX_EVIDENCE = 256
+"""Most distinct pieces of evidence over several tokens (scopes, counts, orders) of a rule set."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,18 @@ class Context:
     limits: Limits = field(default_factory=Limits)
 
 
+@dataclass(frozen=True)
+class Condition:
+    """A condition of every rule; what the rule set itself does not name is looked up in ``context`` and ``conclusions``.
+
+    ``conclusions`` are those of other rule sets, with whether they are decided at the last prompt token.
+    """
+
+    body: Expression
+    context: Context
+    conclusions: Mapping[str, bool]
+
+
 class _Names:
     """The propositions and conclusions of one rule set, found by name."""
 
@@ -77,6 +92,12 @@ class _Names:
         self.conclusions = conclusions
         self.used: dict[str, Proposition] = {}
         self._by_text: dict[str, str] = {}
+
+    def beside(self, context: Context, conclusions: Collection[str]) -> _Names:
+        """The same propositions, and more names around them."""
+        found = _Names(context, {*self.conclusions, *conclusions})
+        found.used, found._by_text = self.used, self._by_text
+        return found
 
     def declare(self, statement: Declaration) -> None:
         name, inline = statement.name, statement.inline
@@ -219,10 +240,19 @@ def _instance(expression: Expression, values: Mapping[str, str]) -> Expression:
     return replace(expression, parts=tuple(_instance(part, values) for part in expression.parts))
 
 
+def _nodes(expression: Expression) -> int:
+    if isinstance(expression, (Name, Inline, Ended)):
+        return 1
+    parts = (expression.part,) if isinstance(expression, (Negation, Scope)) else expression.parts
+    return 1 + sum(map(_nodes, parts))
+
+
 def _expanded(clauses: Sequence[Clause], taken: Collection[str], limits: Limits) -> list[Clause]:
     found: list[Clause] = []
     labels: dict[str, Place] = {}
+    nodes = 0
     for number, clause in enumerate(clauses, 1):
+        size = _nodes(clause.body)
         variables = [name for name, _ in clause.variables]
         for name in variables:
             if name in taken or variables.count(name) > 1 or "." in name:
@@ -239,57 +269,26 @@ def _expanded(clauses: Sequence[Clause], taken: Collection[str], limits: Limits)
             found.append(replace(clause, label=label, body=body, head=head, variables=()))
             if len(found) > limits.rules:
                 raise RuleError(f"more than {limits.rules} rules", clause.place, "limit_exceeded")
+            nodes += size
+            if nodes > MAX_NODES:
+                message = f"the bodies have more than {MAX_NODES} names and operators, variables expanded"
+                raise RuleError(message, clause.place, "limit_exceeded")
     return found
 
 
-def _nested(value: Any) -> int:
-    """Depth of a JSON value, at most one more than allowed."""
-    depth, level = 0, [value]
-    while level and depth <= MAX_PAYLOAD_DEPTH:
-        depth += 1
-        inside = [list(item.values()) if isinstance(item, dict) else item for item in level]
-        level = [child for item in inside if isinstance(item, list) for child in item]
-    return depth
-
-
-def _plain_numbers(value: Any) -> Any:
-    """The same JSON with 2.0 written as 2."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    if isinstance(value, dict):
-        return {key: _plain_numbers(item) for key, item in value.items()}
-    return [_plain_numbers(item) for item in value] if isinstance(value, list) else value
-
-
-def _action(deed: Deed, conclusions: Collection[str]) -> Action:
-    if deed.conclusion not in conclusions:
-        message = f"no rule concludes {show(deed.conclusion)}.{nearest(deed.conclusion, conclusions)}"
-        raise RuleError(message, deed.place)
-    payload = ""
-    if deed.kind == "refuse":
-        payload = json.dumps(deed.payload, ensure_ascii=False)
-    elif deed.kind == "do":
-        if _nested(deed.payload) > MAX_PAYLOAD_DEPTH:
-            raise RuleError("the intervention is nested too deep", deed.place)
-        given = {key: value for key, value in deed.payload.items() if value is not None}
-        for key in ("id", "when"):
-            if key in given:
-                raise RuleError(f"the intervention of an action has no {key!r}", deed.place)
-        if given.get("type") == "rules":
-            raise RuleError("an action is no rule set", deed.place)
-        try:
-            parse_interventions([given])
-        except InterventionError as error:
-            message = error.message.replace("interventions[0]", "intervention")
-            raise RuleError(message, deed.place) from None
-        payload = json.dumps(_plain_numbers(given), ensure_ascii=False, sort_keys=True, allow_nan=False)
-    if printable(payload) != payload:
-        raise RuleError("the text is not valid Unicode", deed.place)
-    return Action(deed.conclusion, deed.kind, payload, deed.tokens if payload else 1, deed.place)
-
-
-def build(statements: Sequence[Statement], context: Context, conclusions: Collection[str] = ()) -> Ruleset:
+def build(
+    statements: Sequence[Statement],
+    context: Context,
+    given: Mapping[str, bool] = MappingProxyType({}),
+    condition: Condition | None = None,
+) -> Ruleset:
     """The normal form of a rule set.
+
+    Args:
+        statements: what was written.
+        context: what the server knows.
+        given: conclusions of other rule sets that bodies may name → whether they are decided at the last prompt token.
+        condition: holds wherever a rule does.
 
     Raises:
         RuleError: names, sizes, negation in a cycle or under a latch, bodies that need no evidence, actions.
@@ -305,11 +304,17 @@ def build(statements: Sequence[Statement], context: Context, conclusions: Collec
             raise RuleError(f"{clause.head!r} is concluded with latch and without", clause.head_place)
         if clause.head in (context.library or {}) and clause.head not in taken:
             raise RuleError(f"{clause.head!r} is a concept of the library already", clause.head_place)
-    names = _Names(context, {*heads, *conclusions})
+    names = _Names(context, {*heads, *given})
     for statement in declarations:
         names.declare(statement)
     bodies = [_resolve(clause.body, names) for clause in clauses]
-    closed, forms = _canonical_bodies(clauses, bodies)
+    if condition is not None and bodies:
+        given = {**given, **condition.conclusions}
+        also = _resolve(condition.body, names.beside(condition.context, condition.conclusions))
+        bodies = [And((body, also)) for body in bodies]
+    given = {name: closes for name, closes in given.items() if name not in heads}
+    known = frozenset(name for name, closes in given.items() if closes)
+    closed, forms = _canonical_bodies(clauses, bodies, known)
     rules = []
     for clause, body in zip(clauses, forms, strict=True):
         if isinstance(body, bool):
@@ -317,25 +322,41 @@ def build(statements: Sequence[Statement], context: Context, conclusions: Collec
             raise RuleError(f"the body of this rule {word} holds, whatever the evidence", clause.place)
         rules.append(Rule(clause.label, body, clause.head, clause.latch, clause.place))
     deeds = [statement for statement in statements if isinstance(statement, Deed)]
-    actions = tuple(_action(deed, heads) for deed in deeds)
+    actions = tuple(action(deed, heads) for deed in deeds)
     needed = taken | {name for rule in rules for name in held_names(rule.body)}
     used = {name: names.used[name] for name in sorted(names.used) if name in needed}
     strata = stratify(rules)
-    check_latches(rules, actions, closed)
+    check_latches(rules, actions, closed | known)
+    _check_evidence(rules)
     ordered = tuple(sorted(rules, key=lambda rule: (len(rule.label), rule.label)))
-    return Ruleset(used, ordered, actions, closed, strata)
+    named = {atom.name for rule in rules for atom in atoms(rule.body) if isinstance(atom, Concluded)}
+    foreign = {name: given[name] for name in sorted(named & given.keys())}
+    return Ruleset(used, ordered, actions, closed, strata, foreign)
+
+
+def _check_evidence(rules: Sequence[Rule]) -> None:
+    found: set[Atom] = set()
+    for rule in rules:
+        found |= {atom for atom in atoms(rule.body) if isinstance(atom, (Evidence, Ordered))}
+        if len(found) > MAX_EVIDENCE:
+            message = f"more than {MAX_EVIDENCE} different scopes, counts and orders"
+            raise RuleError(message, rule.place, "limit_exceeded")
 
 
 def _canonical_bodies(
-    clauses: Sequence[Clause], bodies: Sequence[Formula]
+    clauses: Sequence[Clause], bodies: Sequence[Formula], known: frozenset[str]
 ) -> tuple[frozenset[str], list[Formula | bool]]:
     """Bodies in canonical form, and the conclusions decided when the prompt ends: each depends on the other."""
     closed: frozenset[str] = frozenset()
+    needs = [{atom.name for atom in atoms(body) if isinstance(atom, Concluded)} for body in bodies]
+    made: dict[tuple[Formula, frozenset[str]], Formula | bool] = {}
     while True:
-        test: Callable[..., bool] = is_closed(closed)
-        forms = [canonical(body, test) for body in bodies]
+        test: Callable[..., bool] = is_closed(closed | known)
+        keys = [(body, closed & needed) for body, needed in zip(bodies, needs, strict=True)]
+        made |= {key: canonical(key[0], test) for key in dict.fromkeys(keys) if key not in made}
+        forms = [made[key] for key in keys]
         heads = [(clause.head, form) for clause, form in zip(clauses, forms, strict=True)]
-        more = closed | closed_conclusions(heads, closed)
+        more = closed | closed_conclusions(heads, closed | known)
         if more == closed:
             return closed, forms
         closed = more

@@ -96,26 +96,42 @@ def advance(
         n_tokens: size of the chunk, 0 allowed.
         given: conclusions of other rule sets → where they hold in this chunk.
     """
-    return _Chunk(ruleset, state, readings, prompt_len, n_tokens, given or {}).run()
+    held = {name: found.holds(readings) for name, found in ruleset.propositions.items()}
+    return advance_held(ruleset, state, held, prompt_len, n_tokens, given)
 
 
-class _Chunk:
+def advance_held(
+    ruleset: Ruleset,
+    state: State,
+    held: Mapping[str, Series],
+    prompt_len: int,
+    n_tokens: int,
+    given: Mapping[str, Series] | None = None,
+) -> tuple[Outcome, State]:
+    """:func:`advance` from where each proposition holds in this chunk, instead of the readings that decide it."""
+    return Chunk(ruleset, state, held, prompt_len, n_tokens, given or {}).run()
+
+
+class Chunk:
+    """The evaluation of one chunk."""
+
     def __init__(
         self,
         ruleset: Ruleset,
         state: State,
-        readings: Readings,
+        held: Mapping[str, Series],
         prompt_len: int,
         n_tokens: int,
         given: Mapping[str, Series],
     ) -> None:
-        self.ruleset, self.state, self.given = ruleset, state, given
+        self.ruleset, self.state = ruleset, state
+        self.given = {name: where for name, where in given.items() if name in ruleset.given}
         self.position = state.position + np.arange(n_tokens)
         self.counts_at_all = self.position > 0
         self.in_prompt = self.position < prompt_len
         self.ended = self.position >= prompt_len - 1
         self.prompt_tokens = prompt_len - 1
-        self.held = {name: found.holds(readings) & self.counts_at_all for name, found in ruleset.propositions.items()}
+        self.held = {name: held[name] & self.counts_at_all for name in ruleset.propositions}
         self.counts: dict[str, int] = {}
         self.windows: dict[str, str] = {}
         self.stages: dict[str, int] = {}
@@ -148,7 +164,9 @@ class _Chunk:
     def _decided(self, holds: Series, closed: bool) -> tuple[Series, Series]:
         return (holds & self.ended, ~holds & self.ended) if closed else (holds, ~holds)
 
-    def _where(self, inner: Formula, scope: str) -> Series:
+    def where(self, inner: Formula, scope: str) -> Series:
+        """The tokens of ``scope`` at which a formula over propositions holds: bool ``[n]``, never position 0."""
+
         def value(atom: Atom) -> tuple[Series, Series]:
             assert isinstance(atom, Holds)
             return self.held[atom.name], ~self.held[atom.name]
@@ -157,7 +175,7 @@ class _Chunk:
         return found & self.in_prompt if scope == "prompt" else found
 
     def _evidence(self, atom: Evidence) -> Series:
-        where, key = self._where(atom.inner, atom.scope), atom.text
+        where, key = self.where(atom.inner, atom.scope), atom.text
         if atom.scope == "last":
             before = np.array([bit == "1" for bit in self.state.windows.get(key, "")], bool)
             line = np.concatenate([np.zeros(atom.window - 1 - len(before), bool), before, where])
@@ -175,7 +193,7 @@ class _Chunk:
     def _order(self, atom: Ordered) -> Series:
         stage, at = self.state.stages.get(atom.text, 0), -1
         while stage < len(atom.parts):
-            where = np.flatnonzero(self._where(atom.parts[stage], atom.scope)[at + 1 :])
+            where = np.flatnonzero(self.where(atom.parts[stage], atom.scope)[at + 1 :])
             if not len(where):
                 break
             at += 1 + int(where[0])
@@ -195,7 +213,7 @@ class _Chunk:
         def value(atom: Atom) -> tuple[Series, Series]:
             if isinstance(atom, Concluded):
                 holds = self.given[atom.name] if atom.name in self.given else found[atom.name]
-                return self._decided(holds, atom.name in self.ruleset.closed)
+                return self._decided(holds, self.ruleset.waits(atom.name))
             if isinstance(atom, Holds):
                 return self.held[atom.name], ~self.held[atom.name]
             return (self.ended, ~self.ended) if isinstance(atom, PromptEnded) else self.evidence[atom]

@@ -197,7 +197,7 @@ def _scope(fields: dict[str, Any], head: str, place: Place, depth: int) -> Scope
     if head == "last":
         if "tokens" not in fields:
             raise RuleError("is required: the size of the window", place.below("tokens"))
-        window = _whole(fields["tokens"], place.below("tokens"), "a window")
+        window = _whole(fields["tokens"], place.below("tokens"), "a window", most=numbers.MAX_WINDOW)
     return Scope(place, cast(Any, head), part, depth_of(place, part), window)
 
 

@@ -12,7 +12,9 @@ from interventions.rules.formula import PPM
 from interventions.rules.proposition import MAX_FEATURES, Comparison, Leaf, Proposition, Split, Sum, Tree
 
 MAX_COUNT = 2**20
-"""Largest count, window and duration, in tokens."""
+"""Largest count and duration, in tokens."""
+MAX_WINDOW = 4096
+"""Largest window, in tokens."""
 MAX_FEATURE = 2**31 - 1
 
 

@@ -17,48 +17,19 @@ from dataclasses import dataclass
 
 from interventions.rules.formula import (
     PPM,
-    And,
     Atom,
     Concluded,
     Evidence,
     Formula,
     Holds,
-    Not,
     Ordered,
     PromptEnded,
-    Xor,
-    atoms,
+    held_names,
     truth,
 )
+from interventions.rules.proof import Proof, Reason, reasons
 from interventions.rules.proposition import Readings
 from interventions.rules.ruleset import Action, Rule, Ruleset
-
-
-@dataclass(frozen=True)
-class Reason:
-    """One part of why a body held.
-
-    Attributes:
-        text: the evidence or conclusion as it is written, with ``not`` before it where that is what counted.
-        positions: the tokens at which the evidence was found (none for a negation).
-        scores: name of each proposition in it → its score at each of ``positions``.
-        premise: the proof of a conclusion on which this one rests.
-    """
-
-    text: str
-    positions: tuple[int, ...] = ()
-    scores: tuple[tuple[str, tuple[float, ...]], ...] = ()
-    premise: Proof | None = None
-
-
-@dataclass(frozen=True)
-class Proof:
-    """``rule`` concluded ``conclusion`` at ``position`` (of a latching conclusion: the first), for these reasons."""
-
-    conclusion: str
-    rule: str
-    position: int
-    because: tuple[Reason, ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +67,7 @@ class _Run:
         self, ruleset: Ruleset, readings: Readings, prompt_len: int, given: Mapping[str, Sequence[bool]]
     ) -> None:
         self.ruleset = ruleset
-        self.given = given
+        self.given = {name: where for name, where in given.items() if name in ruleset.given}
         self.prompt_len = prompt_len
         self.scores = {name: found.scores(readings) for name, found in ruleset.propositions.items()}
         self.where = {name: found.holds(readings) for name, found in ruleset.propositions.items()}
@@ -122,8 +93,7 @@ class _Run:
             grown = False
             for rule in rules:
                 if rule.head not in proofs and self._truth(rule.body, t, proofs)[0]:
-                    reasons = tuple(self._reasons(rule.body, True, t, proofs))
-                    proofs[rule.head] = Proof(rule.head, rule.label, t, reasons)
+                    proofs[rule.head] = Proof(rule.head, rule.label, t, self._because(rule.body, t, proofs))
                     grown = True
 
     def _acts(self, i: int, action: Action, t: int, proofs: Mapping[str, Proof]) -> bool:
@@ -146,7 +116,7 @@ class _Run:
             holds, decided = bool(self.where[atom.name][t]), True
         elif isinstance(atom, Concluded):
             held = bool(self.given[atom.name][t]) if atom.name in self.given else atom.name in proofs
-            holds, decided = held, ended or atom.name not in self.ruleset.closed
+            holds, decided = held, ended or not self.ruleset.waits(atom.name)
         elif isinstance(atom, Evidence):
             scope = self._scope(atom, t)
             count = len(self._found(atom.inner, scope))
@@ -179,37 +149,29 @@ class _Run:
 
     # proofs
 
-    def _reasons(self, formula: Formula, wanted: bool, t: int, proofs: Mapping[str, Proof]) -> list[Reason]:
-        """Why ``formula`` is true (``wanted``) or false at t."""
-        if isinstance(formula, Not):
-            return self._reasons(formula.part, not wanted, t, proofs)
-        if isinstance(formula, Xor):
-            values = [(part, self._truth(part, t, proofs)[0]) for part in formula.parts]
-            return [reason for part, value in values for reason in self._reasons(part, value, t, proofs)]
-        if not hasattr(formula, "parts") or isinstance(formula, Ordered):
-            return [self._reason(formula, wanted, t, proofs)]
-        if isinstance(formula, And) == wanted:
-            return [reason for part in formula.parts for reason in self._reasons(part, wanted, t, proofs)]
-        for part in formula.parts:
-            if self._truth(part, t, proofs)[not wanted]:
-                return self._reasons(part, wanted, t, proofs)
-        raise AssertionError("no part of a disjunction explains it")
+    def _because(self, body: Formula, t: int, proofs: Mapping[str, Proof]) -> tuple[Reason, ...]:
+        found = reasons(
+            body,
+            True,
+            lambda atom: self._atom(atom, t, proofs),
+            lambda atom, wanted: self._reason(atom, wanted, t, proofs),
+        )
+        return tuple(found)
 
     def _reason(self, atom: Atom, wanted: bool, t: int, proofs: Mapping[str, Proof]) -> Reason:
         if not wanted:
             return Reason(f"not {atom.text}")
         if isinstance(atom, Concluded):
-            return Reason(atom.text, premise=proofs.get(atom.name))
+            return Reason(atom.text, premise=proofs.get(atom.name), concluded=True)
         if isinstance(atom, PromptEnded):
             return Reason(atom.text)
         if isinstance(atom, Holds):
             places, names = [t], [atom.name]
         elif isinstance(atom, Evidence):
             places = self._found(atom.inner, self._scope(atom, t))
-            names = sorted({part.name for part in atoms(atom.inner) if isinstance(part, Holds)})
+            names = sorted(set(held_names(atom.inner)))
         else:
             places = self._order(atom, t)
-            inner = [part for formula in atom.parts for part in atoms(formula)]
-            names = sorted({part.name for part in inner if isinstance(part, Holds)})
+            names = sorted({name for part in atom.parts for name in held_names(part)})
         scores = tuple((name, tuple(float(self.scores[name][p]) for p in places)) for name in names)
-        return Reason(atom.text, tuple(places), scores)
+        return Reason(atom.text, tuple(places), scores, count=len(places))

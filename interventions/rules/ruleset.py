@@ -95,6 +95,7 @@ class Ruleset:
         actions: in the order given, which is the order in which their effects compose.
         closed: conclusions that are decided at the last prompt token.
         strata: conclusions in groups; a group's negations are about earlier groups only.
+        given: conclusions of other rule sets that bodies name → whether they are decided at the last prompt token.
     """
 
     propositions: Mapping[str, Proposition]
@@ -102,9 +103,15 @@ class Ruleset:
     actions: tuple[Action, ...]
     closed: frozenset[str] = field(default=frozenset(), compare=False)
     strata: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
+    given: Mapping[str, bool] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "propositions", MappingProxyType(dict(self.propositions)))
+        for name in ("propositions", "given"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def waits(self, conclusion: str) -> bool:
+        """Whether a conclusion, own or given, is undecided until the last prompt token."""
+        return conclusion in self.closed or self.given.get(conclusion, False)
 
     @property
     def declared(self) -> dict[str, Proposition]:

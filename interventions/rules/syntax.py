@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from interventions.rules.errors import Place, RuleError
@@ -131,3 +131,15 @@ def depth_of(place: Place, *parts: Expression) -> int:
     if depth > MAX_DEPTH:
         raise RuleError(f"the expression is nested more than {MAX_DEPTH} deep", place)
     return depth
+
+
+def located(expression: Expression, path: str) -> Expression:
+    """The same expression, all of it in the text that is the field ``path``."""
+    if not path:
+        return expression
+    place = replace(expression.place, path=path)
+    if isinstance(expression, (Negation, Scope)):
+        return replace(expression, place=place, part=located(expression.part, path))
+    if isinstance(expression, (Connective, Chain)):
+        return replace(expression, place=place, parts=tuple(located(part, path) for part in expression.parts))
+    return replace(expression, place=place)

@@ -28,6 +28,7 @@ from interventions.rules.syntax import (
     Scope,
     Statement,
     depth_of,
+    located,
 )
 from interventions.wording import choices, nearest, show
 
@@ -138,7 +139,8 @@ class _Reader(Transformer[Token, Any]):
 
     def window(self, size: Token, part: Expression) -> Scope:
         place = _place(size)
-        return Scope(place, "last", part, depth_of(place, part), numbers.whole(str(size), place, "a window"))
+        tokens = numbers.whole(str(size), place, "a window", most=numbers.MAX_WINDOW)
+        return Scope(place, "last", part, depth_of(place, part), tokens)
 
     def counted(self, *pieces: Any) -> Scope:
         (number, percent), scope = pieces[-2], pieces[-1]
@@ -290,7 +292,7 @@ def read_expression(text: str, path: str = "") -> Expression:
     Raises:
         RuleError: ``rule_syntax`` with line and column.
     """
-    return cast(Expression, _read(text, "when", path))
+    return located(cast(Expression, _read(text, "when", path)), path)
 
 
 def _read(text: str, start: str, path: str) -> Any:
