@@ -25,5 +25,15 @@ DOSE = Histogram(
     buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0, 1.5, 2.0, 5.0),
 )
 REFUSALS = Counter("editserver_refusals", "Requests refused or failed, by error code.", ["code"])
+RULES_FIRED = Counter(
+    "editserver_rules_fired",
+    "Times that an action of a rule set began to act (do, refuse, flag, log), per choice.",
+    ["action"],
+)
+RULE_REFUSALS = Counter(
+    "editserver_rule_refusals",
+    "Choices whose answer a rule replaced, by where it fired (prompt, generated).",
+    ["phase"],
+)
 BANK_ROWS = Gauge("editserver_bank_rows_in_use", "Distinct rows that the requests in flight need.")
 BANK_CAPACITY = Gauge("editserver_bank_rows_capacity", "Rows that fit into the bank.")

@@ -10,6 +10,8 @@ from typing import Any
 from editserver import metrics
 from editserver.api.readings import inspection, reading
 from editserver.api.receipts import build_receipt
+from editserver.api.refusal import refuse_whole
+from editserver.api.rule_report import RuleReport, disagreement
 from editserver.api.state import EditState
 from editserver.engine.journal import Journal
 from editserver.engine.wire import KEY
@@ -29,21 +31,42 @@ class Choice:
         self.journal: Journal | None = None
         self.cached: int | None = None
         self.read_to = 0
+        self.report: RuleReport | None = None
+        self.refused_at: int | None = None
+        self.message = ""
 
     @property
     def fed(self) -> int:
-        """How many tokens were fed to the model: the prompt and all sampled tokens but the last."""
+        """How many tokens count: those that were fed to the model (the prompt and all sampled tokens but the last).
+
+        Where a rule refused, those up to the one at which it did, however many more were computed along with it.
+        """
+        if self.refused_at is not None:
+            return self.refused_at + 1
         return len(self.prompt) + max(0, len(self.output) - 1)
 
     @property
     def tokens(self) -> list[int]:
-        """Ids of the tokens that were fed."""
-        return [*self.prompt, *self.output[:-1]]
+        """Their ids; without that of a sampled token at which a rule refused, which is withheld."""
+        return [*self.prompt, *self.output][: self.fed]
 
     @property
     def computed_from(self) -> int:
         """First position that this request computed itself."""
         return self.journal.computed_from if self.journal is not None else self.cached or 0
+
+    def refuse(self) -> None:
+        """Note that a rule ended the choice, and with which words."""
+        assert self.journal is not None
+        assert self.journal.refusal is not None
+        names, trace = self.compiled.rules, self.journal.rules
+        _, position = self.journal.refusal
+        action = None if names is None or trace is None else names.refusal(trace.active[position])
+        if action is None:
+            raise disagreement(f"a refusal at position {position}")
+        phase = "prompt" if position < len(self.prompt) else "generated"
+        metrics.RULE_REFUSALS.labels(phase).inc()
+        self.refused_at, self.message = position, action.message
 
     def check(self) -> None:
         """Raise unless the engine vouches for every position that it computed for the delivered tokens."""
@@ -147,9 +170,27 @@ class Edit:
                     raise choice.journal.error
                 if output.finish_reason == "error":
                     raise failed("the engine failed while it ran this request")
+                self._follow_rules(choice, result, output, delta)
                 choice.check()
             seen.append(choice)
         return seen
+
+    def _follow_rules(self, choice: Choice, result: Any, output: Any, delta: bool) -> None:
+        """Before vLLM makes text of ``output``: see whether a rule refused it, and blank what is not to be read."""
+        if choice.compiled.rules is None or choice.journal is None:
+            return
+        if choice.report is None:
+            ids = [entry.id for entry in choice.compiled.entries]
+            choice.report = RuleReport(choice.compiled.rules, ids, result.request_id)
+        if output.finish_reason is not None and choice.refused_at is None and choice.journal.refusal is not None:
+            choice.refuse()
+        if choice.refused_at is None:
+            return
+        if not delta:
+            output.text = ""  # the answer is the message alone, whatever a tool or reasoning parser would make of it
+        if result.prompt_logprobs is not None:  # a prompt that was refused may not have been read to its end
+            missing = len(choice.prompt) - len(result.prompt_logprobs)
+            result.prompt_logprobs = [*result.prompt_logprobs, *([None] * missing)]
 
     async def watch(
         self, results: AsyncIterator[Any], n: int, delta: bool, tell: Callable[[list[Choice]], None] | None = None
@@ -172,16 +213,24 @@ class Edit:
         """Readings of ``choice`` since the last call, in the form of ``inspection``; None if there are none."""
         if not self.compiled.reads or choice.journal is None:
             return None
-        start, choice.read_to = choice.read_to, choice.fed
+        stop = min(choice.fed, len(choice.prompt) + len(choice.output))
+        start, choice.read_to = choice.read_to, stop
         found = [
             [reading(self.state, sae, choice, position, features) for position, features in journal]
             for sae, journal in zip(
                 self.compiled.inspect_ids,
-                (choice.journal.readings(r, start, choice.fed) for r in range(len(self.compiled.reads))),
+                (choice.journal.readings(r, start, stop) for r in range(len(self.compiled.reads))),
                 strict=True,
             )
         ]
         return inspection(self.compiled, found, self.inspect_as_list) if any(found) else None
+
+    def new_events(self, choice: Choice, *, tell: bool = True) -> list[dict[str, Any]]:
+        """What the rules of ``choice`` did since the last call; logged and counted, whether it is told or not."""
+        trace = None if choice.report is None or choice.journal is None else choice.journal.rules
+        if choice.report is None or trace is None:
+            return []
+        return choice.report.advance(trace, choice.fed, len(choice.prompt), tell=tell)
 
     def parts(self, choice: Choice) -> dict[str, Any]:
         """What a whole (not streamed) answer carries for ``choice``: ``interventions`` and ``inspection``."""
@@ -194,12 +243,31 @@ class Edit:
         return parts
 
     def receipt(self, choice: Choice) -> dict[str, Any]:
-        """The receipt of ``choice``."""
-        return build_receipt(choice.compiled, choice.journal, choice.tokens, len(choice.prompt), choice.computed_from)
+        """The receipt of ``choice``.
+
+        Raises:
+            InterventionError: ``intervention_failed``: what the engine says its rules did does not follow from its evidence.
+        """
+        self.new_events(choice, tell=False)
+        return build_receipt(
+            choice.compiled,
+            choice.journal,
+            choice.tokens,
+            len(choice.prompt),
+            choice.computed_from,
+            stop=choice.fed,
+            report=choice.report,
+        )
 
     def attach(self, response: Any) -> None:
-        """Put every choice's parts into a whole response: at top level for one choice, else inside each."""
+        """Put every choice's parts into a whole response: at top level for one choice, else inside each.
+
+        What a rule refused becomes its message.
+        """
         choices = [self.choices[index] for index in sorted(self.choices)]
+        for choice, out in zip(choices, response.choices, strict=True):
+            if choice.refused_at is not None:
+                refuse_whole(out, choice.message)
         if len(choices) == 1:
             _set(response, self.parts(choices[0]))
             return

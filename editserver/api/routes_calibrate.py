@@ -17,7 +17,7 @@ from editserver.api.passes import MAX_CALIBRATION_PROMPTS, Passes, Prompt, Text,
 from editserver.api.state import EditState, editing
 from interventions.errors import InterventionError
 from interventions.fitting.strength import REFUSED, Calibration, TargetNotReached, calibrate, kl_divergence
-from interventions.spec import BUILT, Remap, Steer, Suppress, parse_interventions
+from interventions.spec import BUILT, Remap, Rules, Steer, Suppress, parse_interventions
 
 router = APIRouter()
 
@@ -69,7 +69,7 @@ class CalibrateAnswer(CurvePoint):
 def _body_schema() -> dict[str, Any]:
     """The body's JSON schema; the intervention types are among the OpenAPI components already."""
     schema = CalibrateBody.model_json_schema()
-    types = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in BUILT.values()]
+    types = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in BUILT.values() if model is not Rules]
     schema["properties"]["intervention"]["oneOf"] = types
     return schema
 
@@ -111,6 +111,8 @@ class Dial:
             if spec.strength == 0:
                 raise _invalid("0 is no strength to start from", "interventions[0].strength")
             return cls(raw, spec.strength)
+        if isinstance(spec, Rules):
+            raise _invalid("a rule set has no strength to calibrate; its actions have", "interventions[0].type")
         values = [edit.value for edit in spec.features if edit.op in CALIBRATED_OPS and edit.value]
         if not values:
             message = "nothing to calibrate: needs an op set or add with a value other than 0, to start from"

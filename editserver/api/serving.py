@@ -9,17 +9,15 @@ are added to what goes back.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
 from editserver import metrics
-from editserver.api.edit import Choice, Edit
+from editserver.api.edit import Edit
 from editserver.api.errors import envelope
 from editserver.api.guard import FIELDS, RELEASES, is_present
 from editserver.api.requests import EditChatRequest, EditCompletionRequest, edit_of
 from editserver.api.state import EditState
+from editserver.api.stream import EditStream
 from editserver.api.vllm_entry import (
     ChatCompletionResponse,
     ErrorResponse,
@@ -154,56 +152,3 @@ class EditServingCompletion(_Edited, OpenAIServingCompletion):
         if edit is not None:
             edit.attach(response)
         return response
-
-
-class EditStream:
-    """Weaves our chunks into vLLM's stream without reading it.
-
-    vLLM's generator pulls an output from us, then yields what it makes of it. So what an output brought is known before
-    its text goes out: prompt readings come before the first delta, and the receipts, made when the outputs end, before
-    the usage chunk and ``[DONE]``. After an error there is no receipt.
-    """
-
-    def __init__(self, edit: Edit, request_id: str, model: str, kind: str, created: int | None = None) -> None:
-        self.edit = edit
-        self._head = {"id": request_id, "object": kind, "created": created or int(time.time()), "model": model}
-        self._before: list[str] = []
-        self._after: list[str] = []
-
-    def tell(self, choices: list[Choice]) -> None:
-        """Note the readings that an output brought."""
-        for choice in choices:
-            starts = choice.read_to == 0
-            readings = self.edit.new_readings(choice)
-            if readings is not None:
-                chunk = self._chunk(choice, "inspection", readings)
-                (self._before if starts else self._after).append(chunk)
-
-    async def until_end(self, results: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """``results``, and the receipts once they have ended well."""
-        async with aclosing(results) as closing:  # type: ignore[type-var]
-            async for item in closing:
-                yield item
-        self._before += self._take("_after")  # of an output that vLLM made no event of
-        for index in sorted(self.edit.choices) if self.edit.compiled.entries else ():
-            choice = self.edit.choices[index]
-            self._before.append(self._chunk(choice, "interventions", self.edit.receipt(choice)))
-
-    async def run(self, upstream: Any) -> AsyncIterator[str]:
-        """vLLM's server-sent events with ours."""
-        async with aclosing(upstream) as events:
-            async for event in events:
-                for chunk in self._take("_before"):
-                    yield chunk
-                yield event
-                for chunk in self._take("_after"):
-                    yield chunk
-
-    def _take(self, name: str) -> list[str]:
-        chunks: list[str] = getattr(self, name)
-        setattr(self, name, [])
-        return chunks
-
-    def _chunk(self, choice: Choice, name: str, part: Any) -> str:
-        data = self._head | {"choices": [], "choice": choice.index, name: part}
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
