@@ -63,10 +63,12 @@ class Explanation:
             n_tokens: how many tokens of it are known.
             scores: score of each proposition, float32 ``[n_tokens]``, NaN where it is not known; without, none is.
             given: conclusions of other rule sets that this one names → where they hold, bool ``[n_tokens]``.
-            premises: such a conclusion → the explanation of the other rule set and its name there, for its proof.
+            premises: such a conclusion → the explanation of the other rule set and its name there, for its proof;
+                looked up when a proof is made.
         """
         self.ruleset = ruleset
-        self._given, self._premises = given or {}, premises or {}
+        self._given = given or {}
+        self._premises = {} if premises is None else premises  # may be filled later
         self._scores = scores or {}
         self._chunk = Chunk(ruleset, State(), held, prompt_len, n_tokens, self._given)
         outcome, _ = self._chunk.run()
