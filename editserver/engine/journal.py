@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from editserver.engine.trace import RuleLog, RuleTrace
 from editserver.engine.wire import StepRecord
 from interventions.errors import InterventionError
 from interventions.program import Payload
@@ -51,6 +52,7 @@ class Journal:
         self._clamped: npt.NDArray[np.uint8] = np.zeros((len(self._layers), 0), np.uint8)
         self._reads: list[dict[int, tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]]]
         self._reads = [{} for _ in payload.reads]
+        self._rules = RuleLog(program.rules) if program is not None and program.rules is not None else None
 
     def _reserve(self, size: int) -> None:
         have = len(self._seen)
@@ -84,6 +86,8 @@ class Journal:
                     f"dose {dose:.3f}; this server refuses doses above {self.payload.program.max_dose:g}",
                     "interventions",
                 )
+        if self._rules is not None and record.rules is not None:
+            self._rules.add(record.rules, record.start, record.n)
         for read, (listed, top_index, top_value) in zip(self._reads, record.reads, strict=True):
             values = np.frombuffer(listed, np.float32).reshape(record.n, -1)
             indices = np.frombuffer(top_index, np.int32).reshape(record.n, -1)
@@ -121,6 +125,21 @@ class Journal:
         """
         open_from, statistic = self._heard[self._gates[layer, gate]]
         return (None if open_from < 0 else open_from), statistic
+
+    @property
+    def rules(self) -> RuleTrace | None:
+        """What the request's rules said, over cached positions too; None without rules. Made anew on every access."""
+        return None if self._rules is None else self._rules.trace()
+
+    @property
+    def refusal(self) -> tuple[int, int] | None:
+        """The refusing action that was active first, and at which position: no output token from there on is delivered."""
+        return None if self._rules is None else self._rules.refusal
+
+    @property
+    def may_refuse(self) -> bool:
+        """Whether the request's rules have a refusing action: its outputs come one token late."""
+        return self._rules is not None and self._rules.refuses
 
     def readings(self, read: int, start: int, stop: int) -> list[tuple[int, list[tuple[int, float]]]]:
         """Readings of inspection ``read`` for the positions in ``[start, stop)`` that it selects, in order.

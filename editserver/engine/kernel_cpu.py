@@ -552,3 +552,42 @@ def hit_tokens(
             if _activation(_dot(bank_read[slots[j]], view), bank_gate[slots[j]]) != 0:
                 hits[t] |= bit
                 break
+
+
+@_jit
+def read_features(
+    h: F32,
+    segments: npt.NDArray[np.int64],
+    feature_ptr: npt.NDArray[np.int64],
+    feature_slot: npt.NDArray[np.int64],
+    feature_norm: npt.NDArray[np.int64],
+    bank_read: F32,
+    bank_gate: F32,
+    out: F32,
+) -> None:
+    """As :func:`read_latents`, each request its own: ``out[t, j]`` is its j-th latent's activation at its token t.
+
+    Args:
+        segments: a row per request, beginning with its resident index, its first token and its number of tokens.
+        feature_ptr: CSR ``[residents + 1]`` into ``feature_slot`` (-1: the activation comes from elsewhere) and
+            ``feature_norm``.
+        out: ``[tokens, columns]``.
+    """
+    views = np.empty((CENTRE + 1, h.shape[1]), np.float32)
+    for s in range(segments.shape[0]):
+        first, last = feature_ptr[segments[s, 0]], feature_ptr[segments[s, 0] + 1]
+        if first == last:
+            continue
+        for t in range(segments[s, 1], segments[s, 1] + segments[s, 2]):
+            seen = 0
+            for j in range(first, last):
+                slot, norm = feature_slot[j], feature_norm[j]
+                if slot < 0:
+                    continue
+                view = h[t]
+                if norm != PLAIN_INPUT:
+                    view = views[norm]
+                    if not seen & (1 << norm):
+                        _normalise(h[t], norm, view)
+                        seen |= 1 << norm
+                out[t, j - first] = _activation(_dot(bank_read[slot], view), bank_gate[slot])

@@ -17,8 +17,19 @@ import numpy.typing as npt
 from editserver.engine.history import History
 from editserver.engine.kernel_cpu import PLAIN_INPUT
 from editserver.engine.rows import Dictionaries
+from editserver.engine.rule_table import ResidentRules, RuleRun
 from interventions.maps import gates
-from interventions.program import Channel, LayerProgram, Op, OpKind, Payload, Read, ReadKind, parse_feature_key
+from interventions.program import (
+    Channel,
+    GateKind,
+    LayerProgram,
+    Op,
+    OpKind,
+    Payload,
+    Read,
+    ReadKind,
+    parse_feature_key,
+)
 from interventions.selectors import Selector
 
 if TYPE_CHECKING:
@@ -38,6 +49,7 @@ class Resident:
         slots: row key → slot of the bank.
         history: its tokens, where a selector looks back.
         tracks: (layer, gate number) → state of the gate, from the first step on; gone with the request.
+        rules: the state of its rules; None without any.
     """
 
     request_id: str
@@ -46,6 +58,7 @@ class Resident:
     slots: dict[str, int]
     history: History | None = None
     tracks: dict[tuple[int, int], Track] = field(default_factory=dict)
+    rules: RuleRun | None = None
 
     @property
     def selectors(self) -> tuple[Selector, ...]:
@@ -132,7 +145,7 @@ class LayerTable:
     uses: dict[int, list[Use]]
     """Resident index → what it needs of whole dictionaries."""
     listeners: dict[int, list[Listener]]
-    """Resident index → its gates."""
+    """Resident index → its gates that listen: all but those that follow rules."""
     n_members: int
     has_joint: bool
 
@@ -170,8 +183,9 @@ class LayerTable:
             n_members = max(n_members, whole.n_columns)
             if found := whole.uses():
                 uses[index] = found
-            if lp and lp.gates:
-                listeners[index] = [_listener(resident, lp, i, dictionaries) for i in range(len(lp.gates))]
+            hearing = [i for i, gate in enumerate(lp.gates) if gate.kind is not GateKind.RULE] if lp else []
+            if lp and hearing:
+                listeners[index] = [_listener(resident, lp, i, dictionaries) for i in hearing]
         if not read:
             return None
         return cls(
@@ -348,7 +362,11 @@ class ResidentSet:
     refuses: Array = field(default_factory=lambda: np.zeros(0, np.bool_))
     reads: dict[int, list[tuple[int, int, Read]]] = field(default_factory=dict)
     """Layer → (resident index, inspection number, inspection)."""
+    rules: ResidentRules = field(init=False)
     _stale: bool = False
+
+    def __post_init__(self) -> None:
+        self.rules = ResidentRules.build([], self.armed, self.dictionaries)
 
     def add(self, resident: Resident) -> None:
         """A request that will be scheduled from now on (again, after a re-send)."""
@@ -372,6 +390,7 @@ class ResidentSet:
         residents = list(self.requests.values())
         self.index = {r.request_id: i for i, r in enumerate(residents)}
         self.layers = {layer: LayerTable.build(residents, layer, self.dictionaries) for layer in self.armed}
+        self.rules = ResidentRules.build(residents, self.armed, self.dictionaries)
         self.selectors = SelectorTable.build(residents)
         programs = [r.payload.program for r in residents]
         self.dose = np.array([p.max_dose if p else np.inf for p in programs], np.float32)

@@ -12,6 +12,24 @@ KEY = "editserver"
 """Our key in ``extra_args``, ``additional_config`` and ``kv_transfer_params``."""
 
 
+class RuleRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What one request's rules said in one step. Bits in 64-bit words, little-endian: bit i of word w is number 64·w + i.
+
+    ``held``, ``concluded`` and ``active`` cover the positions from ``first`` to the step's last, ``covered`` of them.
+    """
+
+    first: int
+    """Before the step's own ``start`` where the state was made anew: behind a cached prefix, after a preemption."""
+    held: bytes
+    """uint64 ``[covered, words]``: propositions of ``Program.rules``."""
+    concluded: bytes
+    """uint64 ``[covered, words]``: conclusions."""
+    active: bytes
+    """uint64 ``[covered, words]``: actions."""
+    scores: bytes
+    """float32: at the step's own positions, of each proposition that holds; by position, then number of the proposition."""
+
+
 class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     """What one step did to the tokens at positions ``start … start + n - 1`` of one request.
 
@@ -31,6 +49,8 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     gates: tuple[tuple[int, float], ...] = ()
     """Per sequence gate, the program's layers in order: first position at which it was open (-1: never) and its largest
     statistic, over all the request's tokens up to this step's last."""
+    rules: RuleRecord | None = None
+    """Of a program with rules."""
 
 
 _records = msgspec.msgpack.Decoder(list[StepRecord])

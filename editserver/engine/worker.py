@@ -20,7 +20,9 @@ from editserver.engine.kernel_cpu import PLAIN_INPUT, edit_tokens, hit_tokens, r
 from editserver.engine.plan import Plan, Segment
 from editserver.engine.resident import LayerTable, Resident, ResidentSet
 from editserver.engine.rows import Dictionaries, RowBank
-from editserver.engine.wire import StepRecord
+from editserver.engine.rule_table import RuleRun, RuleTable
+from editserver.engine.rules import KeptBits, RuleStep
+from editserver.engine.wire import RuleRecord, StepRecord
 from interventions.program import (
     Channel,
     LayerProgram,
@@ -77,6 +79,9 @@ class EngineWorker:
         self._delta = np.zeros((max_tokens, d_model), np.float32)
         self._closed = np.zeros(max_tokens, np.uint64)
         self._memory = HitMemory()
+        self._kept = KeptBits()
+        self._rules: RuleStep | None = None
+        self._ran: set[int] = set()
         self._blocks: Blocks | None = None
         self._counting = False
 
@@ -92,7 +97,8 @@ class EngineWorker:
         keys = payload.row_keys
         self.bank.upload(keys, slots, payload.program.vectors if payload.program else {})
         resident = Resident(request_id, payload, prompt_len, dict(zip(keys, slots, strict=True)))
-        self.residents.add(replace(resident, history=History.of(resident.selectors, prompt)))
+        history, rules = History.of(resident.selectors, prompt), RuleRun.of(payload.program)
+        self.residents.add(replace(resident, history=history, rules=rules))
 
     def remove_request(self, request_id: str) -> None:
         """Forget a finished or aborted request."""
@@ -110,17 +116,19 @@ class EngineWorker:
     ) -> None:
         """Plan the forward pass that follows; arguments as in :meth:`Plan.build`, and where the batch's KV lies.
 
-        Without ``blocks``, a request behind a sequence gate must be computed from position 0 on.
+        Without ``blocks``, a request with rules or behind a sequence gate must be computed from position 0 on.
         """
+        self.idle_step()
         self._blocks = blocks
-        self._outcomes.clear()
-        self._readings.clear()
         self.plan.build(self.residents, request_ids, query_start, positions, token_ids)
+        self._rules = RuleStep.of(self.residents.rules, self.plan, blocks, self._kept)
 
     def idle_step(self) -> None:
         """The forward pass that follows is a dummy: nothing is edited, nothing is reported."""
         self._outcomes.clear()
         self._readings.clear()
+        self._ran.clear()
+        self._rules = None
         self.plan.clear()
 
     def count_visits(self) -> None:
@@ -143,9 +151,11 @@ class EngineWorker:
         plan = self.plan
         if not plan.active:
             return
+        self._ran.add(layer)
         table = self.residents.layers[layer]
         reads = self.residents.reads[layer]
-        if table is None and not reads:
+        ruled = self._rules.table(layer) if self._rules is not None else None
+        if table is None and not reads and ruled is None:
             return
         if hidden.shape[-1] != self.d_model or hidden.shape[0] < plan.n:
             raise RuntimeError(
@@ -162,20 +172,43 @@ class EngineWorker:
         h = stream.to(self.dtype).float() if self.dtype != torch.float32 else stream
         demands = self._read([(i, n, read) for i, n, read in reads if not read.after], h)
         if table is None:
-            serve(demands, self.dictionaries, h)
+            if ruled is not None:
+                self._open(layer, None, ruled, h, demands)
+            else:
+                serve(demands, self.dictionaries, h)
             edited = h
         else:
             composed = Composed.empty(plan.n, self.d_model, table)
             demands += composed.demands(table, plan, self.dictionaries, h, self.bank)
             opened = self._closed[: plan.n]
-            if table.listeners:
-                hearing = Hearing(layer, table, plan, self._memory, self._blocks)
-                serve(demands + hearing.demands(h, self.bank), self.dictionaries, h)
-                opened = hearing.open()
+            if table.listeners or ruled is not None:
+                opened = self._open(layer, table, ruled, h, demands)
                 demands = composed.demands(table, plan, self.dictionaries, h, self.bank, opened)
             serve(demands, self.dictionaries, h)
             edited = self._edit(layer, table, composed, opened, h, at, hidden, residual)
         serve(self._read([(i, n, read) for i, n, read in reads if read.after], edited), self.dictionaries, edited)
+
+    def _open(
+        self,
+        layer: int,
+        table: LayerTable | None,
+        ruled: RuleTable | None,
+        h: torch.Tensor,
+        demands: Sequence[Demand] = (),
+    ) -> Array:
+        """Gates open at each planned token, uint64 ``[n]``: what they hear in ``h``, and what the rules decide.
+
+        ``demands`` of others are served along.
+        """
+        hearing = Hearing(layer, table, self.plan, self._memory, self._blocks) if table and table.listeners else None
+        wanted = [*demands, *(hearing.demands(h, self.bank) if hearing else ())]
+        if ruled is not None and self._rules is not None:
+            wanted += self._rules.demands(ruled, h, self.bank)
+        serve(wanted, self.dictionaries, h)
+        opened = hearing.open() if hearing else np.zeros(self.plan.n, np.uint64)
+        if ruled is not None and self._rules is not None:
+            self._rules.decide(layer, ruled, opened)
+        return opened
 
     def _edit(
         self,
@@ -284,17 +317,19 @@ class EngineWorker:
         if not self.plan.active:
             return {}
         due = {layer for layer, table in self.residents.layers.items() if table is not None}
-        if missed := due - self._outcomes.keys():
+        due |= {layer for layer, table in self.residents.rules.tables.items() if table is not None}
+        if missed := due - self._ran:
             raise RuntimeError(
                 f"the edit op of layers {sorted(missed)} did not run in this step: the model is not armed"
             )
         records: dict[str, StepRecord] = {}
+        rules = self._rules.records() if self._rules is not None else {}
         for segment in self.plan.segments:
-            records[segment.resident.request_id] = self._record(segment)
+            records[segment.resident.request_id] = self._record(segment, rules.get(segment.index))
         self.plan.clear()
         return records
 
-    def _record(self, segment: Segment) -> StepRecord:
+    def _record(self, segment: Segment, rules: RuleRecord | None) -> StepRecord:
         program = segment.resident.payload.program
         outcomes = [self._outcomes[lp.layer] for lp in program.layers] if program else []
         tokens = segment.tokens
@@ -310,6 +345,7 @@ class EngineWorker:
             b"".join(o.flags[tokens].tobytes() for o in outcomes),
             tuple(reads),
             tuple(self._gates(segment.resident)),
+            rules,
         )
 
     @staticmethod
