@@ -301,11 +301,15 @@ def vector_key(values: bytes) -> str:
     return "v:" + hashlib.sha256(values).hexdigest()
 
 
+STREAM = "stream"
+"""As :attr:`Read.sae`: what is listed are coordinates of the residual stream itself. No request can ask for it."""
+
+
 class Read(msgspec.Struct, frozen=True, array_like=True):
     """One inspection: which latents of one SAE are reported, for which tokens. Never part of a digest."""
 
     sae: str
-    """Content digest of the SAE."""
+    """Content digest of the SAE, or ``STREAM``."""
     layer: int
     features: tuple[int, ...]
     top_k: int
@@ -324,7 +328,8 @@ class Payload(msgspec.Struct, frozen=True, array_like=True):
     @property
     def row_keys(self) -> tuple[str, ...]:
         """The distinct rows that the request needs: its program's, then the listed features of its readings."""
-        listed = (feature_key(read.sae, index) for read in self.reads for index in read.features)
+        latents = (read for read in self.reads if read.sae != STREAM)
+        listed = (feature_key(read.sae, index) for read in latents for index in read.features)
         return tuple(dict.fromkeys((*(self.program.row_keys if self.program else ()), *listed)))
 
     def to_bytes(self) -> bytes:

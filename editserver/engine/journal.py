@@ -166,6 +166,14 @@ class Journal:
             found.append((position, features))
         return found
 
+    def listed(self, read: int, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """The listed features of inspection ``read`` alone, float32 ``[n, features]``: a row per position that it selects."""
+        rows = [self._reads[read][position][0] for position in range(start, stop) if position in self._reads[read]]
+        width = len(self.payload.reads[read].features)
+        found = np.stack(rows) if rows else np.zeros((0, width), np.float32)
+        selected: npt.NDArray[np.float32] = found[~np.isnan(found).all(axis=1)]
+        return selected
+
 
 NOT_SELECTED = -2
 """Top-k index (NaN for listed features) that marks a token outside the inspection's selector."""

@@ -2,6 +2,9 @@
 
 Its file is a safetensors file with one metadata entry, ``concept``: canonical JSON of everything that is not a tensor. Nothing
 in it is executable. A concept is named by the digest of its content, never by a file name.
+
+Format 2 has a detector (:mod:`interventions.concepts.detector`), whose score is plain arrays too. A concept without one is
+written as format 1, so that bytes and digests of older concepts stay what they were.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_args
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -21,6 +25,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from interventions.concepts.density import Densities
+from interventions.concepts.detector import ARRAYS, Detector
 from interventions.concepts.gain import TAU, GainTable, Range, Transfer, Whole, gain_table
 from interventions.concepts.moments import Moments
 from interventions.concepts.posterior import class_index, posterior, prior_weights
@@ -41,7 +46,8 @@ MAX_BYTES = 64 * 1024 * 1024
 MAX_NOTES_BYTES = 64 * 1024
 """Largest ``fitted_on``, as JSON."""
 
-_FORMAT = 1
+_PLAIN, _DETECTING = 1, 2
+"""Formats: without and with a detector."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 TENSORS: dict[str, tuple[torch.dtype, str]] = {
     "features": (torch.int64, "n"),
@@ -81,6 +87,7 @@ class Concept:
         priors: float32 ``[k]``, > 0 or = 0, sum 1.
         by, max_rate, dense: how latents were selected, see :class:`interventions.concepts.salient.Selection`.
         fitted_on: provenance, any JSON object (data and its sha256, settings, versions).
+        detector: when the concept counts as present, for rules; ``None`` without one.
 
     Raises:
         InterventionError: ``invalid_artifact``, ``param`` naming the field.
@@ -106,6 +113,7 @@ class Concept:
     max_rate: float | None
     dense: int = 0
     fitted_on: Mapping[str, Any] = field(default_factory=dict)
+    detector: Detector | None = None
 
     def __post_init__(self) -> None:
         _check_facts(self)
@@ -155,6 +163,8 @@ class Concept:
             )
         if int(self.features[-1]) >= n_features:
             _fail("features", f"index {int(self.features[-1])}; this SAE has 0..{n_features - 1}")
+        if self.detector is not None and self.detector.features()[-1] >= n_features:
+            _fail("detector", f"index {self.detector.features()[-1]}; this SAE has 0..{n_features - 1}")
 
     @property
     def digest(self) -> str:
@@ -162,16 +172,14 @@ class Concept:
         sha = hashlib.sha256(b"editserver-concept/1")
         facts = _canonical(self._facts()).encode()
         sha.update(f"{len(facts)}:".encode() + facts)
-        for name in sorted(TENSORS):
-            tensor = getattr(self, name)
+        for name, tensor in sorted(self._tensors().items()):
             values = _little_endian(tensor)
             sha.update(f"{name}:{list(tensor.shape)}:{len(values)}:".encode() + values)
         return sha.hexdigest()
 
     def to_bytes(self) -> bytes:
         """The safetensors file. Equal concepts give equal bytes."""
-        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
-        written: bytes = save_tensors(tensors, {"concept": _canonical(self._facts())})
+        written: bytes = save_tensors(self._tensors(), {"concept": _canonical(self._facts())})
         return written
 
     @classmethod
@@ -190,8 +198,10 @@ class Concept:
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = "no metadata entry concept" if isinstance(error, KeyError) else str(error)[:200]
             _fail(None, f"not a concept file: {reason}")
-        if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
-            _fail("format", f"expected a concept of format {_FORMAT}")
+        version = facts.pop("format", None) if isinstance(facts, dict) else None
+        if type(version) is not int or version not in (_PLAIN, _DETECTING):
+            _fail("format", f"expected a concept of format {_PLAIN} or {_DETECTING}")
+        detector = _detector(facts, tensors) if version == _DETECTING else None
         for kind, known, given in (("field", FACTS, facts), ("tensor", tuple(TENSORS), tensors)):
             for name in known:
                 if name not in given:
@@ -202,10 +212,19 @@ class Concept:
         if isinstance(facts["classes"], list):
             facts["classes"] = tuple(facts["classes"])
         fields: dict[str, Any] = facts | tensors
-        return cls(**fields)
+        return cls(**fields, detector=detector)
 
     def _facts(self) -> dict[str, Any]:
-        return {"format": _FORMAT} | {name: getattr(self, name) for name in FACTS}
+        facts = {name: getattr(self, name) for name in FACTS}
+        if self.detector is None:
+            return {"format": _PLAIN} | facts
+        return {"format": _DETECTING, "detector": self.detector.facts()} | facts
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+        if self.detector is not None:
+            tensors |= {name: torch.from_numpy(array) for name, array in self.detector.arrays().items()}
+        return tensors
 
 
 def build_concept(
@@ -265,6 +284,20 @@ def build_concept(
     )
 
 
+def _detector(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Detector:
+    """Take the detector out of a file's facts and tensors."""
+    if "detector" not in facts:
+        _fail("detector", "missing field")
+    given = {name: tensors.pop(name) for name in ARRAYS if name in tensors}
+    arrays = {}
+    for name, tensor in given.items():
+        dtype, _ = ARRAYS[name]
+        if _plain(tensor.dtype) != dtype:
+            _fail(name, f"expected {dtype}, got {_plain(tensor.dtype)}")
+        arrays[name] = np.asarray(tensor.numpy())
+    return Detector.from_arrays(facts.pop("detector"), arrays)
+
+
 def _fail(param: str | None, message: str) -> NoReturn:
     message = printable(message)
     raise InterventionError("invalid_artifact", f"{param}: {message}" if param else message, param)
@@ -315,6 +348,8 @@ def _check_facts(concept: Concept) -> None:
         _fail("fitted_on", "holds what JSON cannot carry")
     if size > MAX_NOTES_BYTES:
         _fail("fitted_on", f"{size} bytes of JSON; at most {MAX_NOTES_BYTES}")
+    if concept.detector is not None and not isinstance(concept.detector, Detector):
+        _fail("detector", f"expected a detector, got {show(concept.detector)}")
 
 
 def _check_tensors(concept: Concept) -> None:
