@@ -21,6 +21,8 @@ from editserver_client import (
     InterventionFailed,
     NotFound,
     RateLimited,
+    RuleError,
+    Rules,
     ServerError,
     SetFeature,
     Steer,
@@ -86,6 +88,85 @@ def chat_answer(**ours: Any) -> dict[str, Any]:
     }
 
 
+PREMISE = {"rule": "r1", "conclusion": "danger", "position": 2, "because": [{"evidence": "not seen(b)"}]}
+EVIDENCE = {"evidence": "seen(a)", "count": 40, "positions": [2, 3], "scores": {"a": [2.5, None]}}
+RULES = {
+    "id": "guard",
+    "type": "rules",
+    "digest": "cd" * 32,
+    "fired": [
+        {
+            "rule": "r2",
+            "conclusion": "worse",
+            "position": 3,
+            "proof": {"rule": "r2", "because": [PREMISE, EVIDENCE, {"conclusion": "given"}]},
+        }
+    ],
+    "fired_count": 70,
+    "propositions": [{"name": "a", "count": 40, "positions": [2, 3], "scores": [2.5, None]}],
+    "actions": [{"on": "worse", "do": "refuse", "position": 3, "tokens": 1}],
+    "edited": {"15": {"fired": 1, "dose_mean": 0.5, "dose_max": 0.5, "clamped": 0}},
+    "computed_from": 0,
+}
+RULESET = {"name": "safety", "kind": "ruleset", "version": 1, "digest": "ef" * 32}
+BROKEN = {"error": {"message": "m", "type": "t", "param": "text", "code": "rule_syntax", "line": 1, "column": 5}}
+NORMAL = {
+    "text": "rule r1: a -> b\n",
+    "json": {"rules": []},
+    "digest": "cd" * 32,
+    "propositions": {"a": "feature(s, 1) > 0"},
+    "conclusions": ["b"],
+    "rules": ["rule r1: a -> b"],
+    "actions": [],
+}
+
+
+def test_the_receipt_of_rules_tells_the_chain(server: Any, driver: Any, reply: Any) -> None:
+    gated = {"id": "1", "type": "steer", "layer": 15, "fired": 2, "when": {"open_from": 4, "tokens": 2}}
+    server.on("POST", CHAT, reply(json=chat_answer(interventions={"digest": "d", "receipt": [RULES, gated]})))
+    rules = [Rules(text="…", id="guard"), Steer(vector="v", when="worse")]
+    answer = driver.call(server.url, lambda client: client.chat("Hi", interventions=rules))
+    (entry,) = answer.receipt.rules
+    assert entry is answer.receipt.entry("guard")
+    assert (entry.refused, entry.conclusions, entry.fired_count) == (True, {"worse": 3}, 70)
+    assert entry.edited[15].dose_mean == 0.5
+    assert entry.propositions[0].scores == [2.5, None]
+    assert answer.receipt.entry("1").when.open_from == 4
+    assert entry.fired[0].explain().splitlines() == [
+        "worse at token 3, by rule r2",
+        "  danger at token 2, by rule r1",
+        "    not seen(b)",
+        "  seen(a) at 2, 3 …",
+        "  given",
+    ]
+
+
+def test_rule_sets_are_checked_stored_and_read(server: Any, driver: Any, reply: Any) -> None:
+    path = "/v1/library/rulesets/safety"
+    server.on("PUT", path, reply(json=RULESET), reply(json=RULESET))
+    server.on("GET", path, reply(json=RULESET | {"body": {"text": "x"}, "normal": NORMAL}))
+    server.on("POST", "/v1/rulesets/check", reply(json=NORMAL), reply(status=400, json=BROKEN))
+    form = Rules(rules=[{"if": "a", "then": "b"}])
+    assert driver.call(server.url, lambda c: c.rulesets.put("safety", "x", description="d", meta={"k": 1})).version == 1
+    assert driver.call(server.url, lambda c: c.library.rulesets.put("safety", form)).name == "safety"
+    stored = driver.call(server.url, lambda c: c.rulesets.get("safety"))
+    assert (stored.body, stored.normal.conclusions) == ({"text": "x"}, ["b"])
+    assert driver.call(server.url, lambda c: c.rulesets.check({"rules": []})).json_form == {"rules": []}
+    with pytest.raises(RuleError) as caught:
+        driver.call(server.url, lambda c: c.rulesets.check("rule"))
+    assert (caught.value.line, caught.value.column) == (1, 5)
+    assert [seen.json for seen in server.seen] == [
+        {"text": "x", "description": "d", "meta": {"k": 1}},
+        {"rules": [{"if": "a", "then": "b"}]},
+        None,
+        {"rules": []},
+        {"text": "rule"},
+    ]
+    for more_than_a_set in (Rules("safety"), Rules(text="x", when="y")):
+        with pytest.raises(TypeError, match="a rule set itself"):
+            driver.call(server.url, lambda c, given=more_than_a_set: c.rulesets.put("safety", given))
+
+
 def refusal(code: str, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": f"refused: {code}", "type": "invalid_request_error", "param": param, "code": code}}
 
@@ -125,7 +206,7 @@ def test_chat_sends_the_contract_and_reads_text_receipt_and_readings(server: Any
     assert answer.receipt.digest == "ab" * 32
     assert answer.receipt.entry("quiet").dose_max == 0.63
     assert answer.receipt.entry("0").layers[10].fired == 4
-    assert answer.receipt.entry("6").fired == [{"rule": "r1", "conclusion": "dangerous", "position": 17}]
+    assert answer.receipt.entry("6").conclusions == {"dangerous": 17}
     gate = answer.receipt.entry("forget").gate
     assert (gate.kind, gate.over, gate.threshold, gate.statistic, gate.open_from) == ("share", "prompt", 0.1, 0.25, 11)
     assert answer.receipt.entry("gone").gate.open_from is None

@@ -15,6 +15,7 @@ from editserver_client import (
     InterventionFailed,
     NotFound,
     RateLimited,
+    RuleError,
     ServerError,
     StreamError,
     Unauthorized,
@@ -22,11 +23,13 @@ from editserver_client import (
 )
 from editserver_client.exceptions import error_from_response, error_from_stream, parse_retry_after
 
-NOT_400 = {
+CLASSES = {
     "capacity": (429, RateLimited),
     "forbidden_by_policy": (403, Forbidden),
     "unauthorized": (401, Unauthorized),
     "intervention_failed": (500, InterventionFailed),
+    "rule_syntax": (400, RuleError),
+    "rule_layer_order": (400, RuleError),
 }
 
 
@@ -36,7 +39,7 @@ def envelope(code: Any, message: str = "what was wrong", param: str | None = "in
 
 @pytest.mark.parametrize("code", get_args(ErrorCode))
 def test_every_stable_code_has_the_same_class_outside_and_inside_a_stream(code: str) -> None:
-    status, expected = NOT_400.get(code, (400, BadRequest))
+    status, expected = CLASSES.get(code, (400, BadRequest))
     outside = error_from_response(status, envelope(code), {})
     inside = error_from_stream(envelope(code))
     assert type(outside) is type(inside) is expected
@@ -47,6 +50,17 @@ def test_every_stable_code_has_the_same_class_outside_and_inside_a_stream(code: 
         assert error.body == envelope(code)
         assert code in str(error)
         assert "interventions[0].layer" in str(error)
+
+
+def test_an_error_in_a_rule_text_says_where() -> None:
+    body = envelope("unknown_concept", "text, line 2, column 7: no concept toxcity", "text")
+    body["error"] |= {"line": 2, "column": 7}
+    for error in (error_from_response(400, body, {}), error_from_stream(body)):
+        assert isinstance(error, RuleError)
+        assert (error.line, error.column, error.code, error.param) == (2, 7, "unknown_concept", "text")
+    in_json = error_from_response(400, envelope("rule_syntax", param="rules[0].if"), {})
+    assert isinstance(in_json, RuleError)
+    assert (in_json.line, in_json.column) == (None, None)
 
 
 @pytest.mark.parametrize(

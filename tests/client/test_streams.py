@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editserver_client import (
+    ActionEvent,
     APITimeoutError,
     AsyncClient,
     BadRequest,
@@ -22,6 +23,8 @@ from editserver_client import (
     RateLimited,
     ReasoningDelta,
     ReceiptEvent,
+    RuleEvent,
+    Rules,
     Steer,
     StreamError,
     TextDelta,
@@ -169,6 +172,29 @@ def test_tool_calls_are_put_together_from_their_pieces(server: Any, driver: Any,
     assert "".join(piece.arguments for piece in pieces if piece.index == 0) == '{"city": "Paris"}'
     assert (pieces[0].id, pieces[0].name) == ("c0", "weather")
     assert got.final.finish_reason == "tool_calls"
+
+
+def test_firings_come_as_they_happen_and_a_refused_answer_calls_no_tool(
+    server: Any, driver: Any, sse_reply: Any
+) -> None:
+    firing = {"id": "g", "rule": "r1", "conclusion": "danger", "position": 4}
+    acts = {"id": "g", "action": "refuse", "conclusion": "danger", "position": 4}
+    entry = {"id": "g", "type": "rules", "fired": [{"rule": "r1", "conclusion": "danger", "position": 4}]}
+    events = [
+        delta(role="assistant", content=""),
+        delta(content="Sure"),
+        delta(tool_calls=[call_piece(0, '{"city', id="c0", type="function", name="weather")]),
+        ours(0, interventions={"events": [firing, acts]}),
+        delta(content=" Sorry.", finish="content_filter"),
+        ours(0, interventions={"digest": "d", "receipt": [entry]}),
+    ]
+    server.on("POST", CHAT, sse_reply(*events))
+    got = driver.stream(server.url, lambda c: c.chat_stream("Hi", interventions=[Rules("safety", id="g")]))
+    told = [event for event in got.events if isinstance(event, (RuleEvent, ActionEvent))]
+    assert told == [RuleEvent(0, "g", "r1", "danger", 4), ActionEvent(0, "g", "refuse", "danger", 4)]
+    assert got.stream.choices[0].rule_events == told
+    assert (got.final.text, got.final.finish_reason, got.final.tool_calls) == ("Sure Sorry.", "content_filter", [])
+    assert got.final.receipt.entry("g").conclusions == {"danger": 4}
 
 
 def test_readings_of_several_saes_stay_in_the_order_of_the_request(server: Any, driver: Any, sse_reply: Any) -> None:

@@ -35,11 +35,13 @@ from .catalogue import (
 )
 from .client import Client
 from .events import (
+    ActionEvent,
     Event,
     FinishEvent,
     InspectionEvent,
     ReasoningDelta,
     ReceiptEvent,
+    RuleEvent,
     TextDelta,
     ToolCallDelta,
     UsageEvent,
@@ -56,6 +58,7 @@ from .exceptions import (
     JobFailed,
     NotFound,
     RateLimited,
+    RuleError,
     ServerError,
     StreamError,
     Unauthorized,
@@ -64,9 +67,9 @@ from .exceptions import (
 from .features import AblateFeature, AddFeature, ClampFeature, FeatureEdit, ScaleFeature, SetFeature
 from .handles import AsyncJob, AsyncJobs, Job, Jobs
 from .inspection import FeatureReading, Inspect, Inspection, TokenReading
-from .interventions import EditFeatures, InlineConcept, Intervention, Remap, Rules, Steer, Suppress
+from .interventions import EditFeatures, InlineConcept, Intervention, Remap, Steer, Suppress
 from .jobs import ConceptFit, JobStatus, Progress
-from .receipts import Application, GateFacts, Receipt, ReceiptEntry
+from .receipts import Application, GateFacts, Receipt, ReceiptEntry, RuleReceipt
 from .responses import (
     ChatChoice,
     ChatResponse,
@@ -77,6 +80,7 @@ from .responses import (
     ToolCall,
     Usage,
 )
+from .rules import ActionFacts, Firing, NormalForm, Proof, PropositionFacts, Reason, Rules, WhenFacts
 from .selectors import Selector, Slice, Tokens, TokenSet
 from .streams import AsyncChatStream, AsyncCompletionStream, AsyncStream, ChatStream, CompletionStream, Stream
 from .tensors import PackedTensor, pack
@@ -87,6 +91,8 @@ __all__ = [
     "APIStatusError",
     "APITimeoutError",
     "AblateFeature",
+    "ActionEvent",
+    "ActionFacts",
     "Activations",
     "AddFeature",
     "Application",
@@ -121,6 +127,7 @@ __all__ = [
     "FeatureInfo",
     "FeatureReading",
     "FinishEvent",
+    "Firing",
     "Forbidden",
     "FunctionCall",
     "GateFacts",
@@ -136,15 +143,22 @@ __all__ = [
     "Jobs",
     "Message",
     "Neighbour",
+    "NormalForm",
     "NotFound",
     "PackedTensor",
     "Progress",
+    "Proof",
+    "PropositionFacts",
     "RateLimited",
+    "Reason",
     "ReasoningDelta",
     "Receipt",
     "ReceiptEntry",
     "ReceiptEvent",
     "Remap",
+    "RuleError",
+    "RuleEvent",
+    "RuleReceipt",
     "Rules",
     "SAEInfo",
     "ScaleFeature",
@@ -171,6 +185,7 @@ __all__ = [
     "Usage",
     "UsageEvent",
     "Vector",
+    "WhenFacts",
     "__version__",
     "extra_body",
     "pack",

@@ -29,6 +29,7 @@ from .handles import AsyncJob, AsyncJobs
 from .interventions import Intervention
 from .jobs import ConceptFit
 from .responses import ChatResponse, CompletionResponse
+from .rules import NormalForm, RulesetLike
 from .streams import AsyncChatStream, AsyncCompletionStream, AsyncStream
 from .wire import Wire
 
@@ -50,6 +51,7 @@ class AsyncClient(BaseClient):
         super().__init__(base_url, api_key, timeout, retries, max_retry_wait, headers)
         self._http = httpx.AsyncClient(transport=transport, **self._settings)
         self.library = AsyncLibrary(self)
+        self.rulesets = self.library.rulesets
         self.jobs = AsyncJobs(self)
 
     async def chat(
@@ -276,7 +278,7 @@ class AsyncLibrary:
         self.vectors = AsyncShelf(client, "vectors")
         self.concepts = AsyncShelf(client, "concepts")
         self.maps = AsyncShelf(client, "maps")
-        self.rulesets = AsyncShelf(client, "rulesets")
+        self.rulesets = AsyncRulesets(client)
 
 
 class AsyncShelf:
@@ -301,3 +303,45 @@ class AsyncShelf:
     async def delete(self, name: str) -> None:
         """Remove `name`."""
         await self._client._send(calls.delete_artifact(self._kind, name))
+
+
+class AsyncRulesets:
+    """The library's rule sets."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self) -> list[Artifact]:
+        """All of them, without bodies."""
+        return await self._client._send(calls.list_artifacts("rulesets"))
+
+    async def put(
+        self,
+        name: str,
+        ruleset: RulesetLike,
+        *,
+        description: str | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Store a new version under `name`: a text, the JSON form, or a `Rules` that has either.
+
+        Raises:
+            RuleError: what is wrong with it, and where.
+        """
+        return await self._client._send(calls.put_ruleset(name, ruleset, description, meta))
+
+    async def get(self, name: str) -> Artifact:
+        """One, with its body as it was put, and its normal form."""
+        return await self._client._send(calls.get_artifact("rulesets", name))
+
+    async def delete(self, name: str) -> None:
+        """Remove `name`."""
+        await self._client._send(calls.delete_artifact("rulesets", name))
+
+    async def check(self, ruleset: RulesetLike) -> NormalForm:
+        """Its normal form, if the server could run it.
+
+        Raises:
+            RuleError: what is wrong with it, and where.
+        """
+        return await self._client._send(calls.check_ruleset(ruleset))

@@ -25,6 +25,7 @@ from .exceptions import UnexpectedResponse
 from .interventions import Intervention
 from .jobs import JobStatus
 from .responses import ChatResponse, CompletionResponse
+from .rules import NormalForm, RulesetLike, ruleset_body
 from .wire import Wire, to_json
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ _read_artifact = reader(Artifact)
 _read_artifacts = _list_reader(Artifact)
 _read_job = reader(JobStatus)
 _read_jobs = _list_reader(JobStatus)
+_read_normal_form = reader(NormalForm)
 
 
 def chat(body: Mapping[str, Any]) -> Call[ChatResponse]:
@@ -205,6 +207,17 @@ def get_artifact(kind: Kind, name: str) -> Call[Artifact]:
 
 def delete_artifact(kind: Kind, name: str) -> Call[None]:
     return Call("DELETE", _artifact_path(kind, name), lambda _: None)
+
+
+def put_ruleset(
+    name: str, ruleset: RulesetLike, description: str | None, meta: Mapping[str, Any] | None
+) -> Call[Artifact]:
+    notes = {name: value for name, value in (("description", description), ("meta", meta)) if value is not None}
+    return put_artifact("rulesets", name, ruleset_body(ruleset) | notes)
+
+
+def check_ruleset(ruleset: RulesetLike) -> Call[NormalForm]:
+    return Call("POST", "/v1/rulesets/check", _read_normal_form, json=ruleset_body(ruleset))
 
 
 def health() -> Call[None]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 from .inspection import ANSWER, TokenReading
+from .rules import NormalForm
 from .tensors import TensorLike, as_wire
 from .wire import STRICT, Wire
 
@@ -178,7 +179,10 @@ class Tokenization(BaseModel):
 
 
 class Artifact(BaseModel):
-    """A library entry; every version is addressed by its content's `digest`. `body` comes with `get` only."""
+    """A library entry; every version is addressed by its content's `digest`. `body` comes with `get` only.
+
+    So does, with a rule set, its `normal` form as the server would run it now; None where it could not (`problem` says why).
+    """
 
     model_config = ANSWER
     name: str
@@ -186,6 +190,8 @@ class Artifact(BaseModel):
     version: int | str
     digest: str
     body: dict[str, Any] | None = None
+    normal: NormalForm | None = None
+    problem: dict[str, Any] | None = None
 
 
 def _layers(given: Any) -> Any:

@@ -29,6 +29,7 @@ from .handles import Job, Jobs
 from .interventions import Intervention
 from .jobs import ConceptFit
 from .responses import ChatResponse, CompletionResponse
+from .rules import NormalForm, RulesetLike
 from .streams import ChatStream, CompletionStream, Stream
 from .wire import Wire
 
@@ -50,6 +51,7 @@ class Client(BaseClient):
         super().__init__(base_url, api_key, timeout, retries, max_retry_wait, headers)
         self._http = httpx.Client(transport=transport, **self._settings)
         self.library = Library(self)
+        self.rulesets = self.library.rulesets
         self.jobs = Jobs(self)
 
     def chat(
@@ -276,7 +278,7 @@ class Library:
         self.vectors = Shelf(client, "vectors")
         self.concepts = Shelf(client, "concepts")
         self.maps = Shelf(client, "maps")
-        self.rulesets = Shelf(client, "rulesets")
+        self.rulesets = Rulesets(client)
 
 
 class Shelf:
@@ -301,3 +303,45 @@ class Shelf:
     def delete(self, name: str) -> None:
         """Remove `name`."""
         self._client._send(calls.delete_artifact(self._kind, name))
+
+
+class Rulesets:
+    """The library's rule sets."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> list[Artifact]:
+        """All of them, without bodies."""
+        return self._client._send(calls.list_artifacts("rulesets"))
+
+    def put(
+        self,
+        name: str,
+        ruleset: RulesetLike,
+        *,
+        description: str | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Store a new version under `name`: a text, the JSON form, or a `Rules` that has either.
+
+        Raises:
+            RuleError: what is wrong with it, and where.
+        """
+        return self._client._send(calls.put_ruleset(name, ruleset, description, meta))
+
+    def get(self, name: str) -> Artifact:
+        """One, with its body as it was put, and its normal form."""
+        return self._client._send(calls.get_artifact("rulesets", name))
+
+    def delete(self, name: str) -> None:
+        """Remove `name`."""
+        self._client._send(calls.delete_artifact("rulesets", name))
+
+    def check(self, ruleset: RulesetLike) -> NormalForm:
+        """Its normal form, if the server could run it.
+
+        Raises:
+            RuleError: what is wrong with it, and where.
+        """
+        return self._client._send(calls.check_ruleset(ruleset))

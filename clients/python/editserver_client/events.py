@@ -56,6 +56,28 @@ class InspectionEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleEvent:
+    """A rule of intervention `id` made `conclusion` hold from the token at `position` on."""
+
+    choice: int
+    id: str
+    rule: str
+    conclusion: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActionEvent:
+    """An action on `conclusion` began: flag, log, refuse, or the type of an intervention."""
+
+    choice: int
+    id: str
+    action: str
+    conclusion: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReceiptEvent:
     """What was applied; comes after the choice's last delta."""
 
@@ -70,4 +92,14 @@ class UsageEvent:
     usage: Usage
 
 
-Event = TextDelta | ReasoningDelta | ToolCallDelta | FinishEvent | InspectionEvent | ReceiptEvent | UsageEvent
+Event = (
+    TextDelta
+    | ReasoningDelta
+    | ToolCallDelta
+    | FinishEvent
+    | InspectionEvent
+    | RuleEvent
+    | ActionEvent
+    | ReceiptEvent
+    | UsageEvent
+)

@@ -5,6 +5,7 @@
     │   └── APITimeoutError           no answer within the client's timeout
     ├── APIStatusError                the server answered with an error: .status .code .param .message .body
     │   ├── BadRequest                400, 413, 422 and other 4xx; .code says which (see ErrorCode)
+    │   │   └── RuleError             a rule set or a `when`; .line and .column where it is a text
     │   ├── Unauthorized              401
     │   ├── Forbidden                 403
     │   ├── NotFound                  404
@@ -53,6 +54,7 @@ ErrorCode = Literal[
 """The server's stable error codes. `APIStatusError.code` is a plain `str`: a newer server may know more."""
 
 _STATUS_OF_CODE = {"capacity": 429, "forbidden_by_policy": 403, "unauthorized": 401, "intervention_failed": 500}
+_RULE_CODES = ("rule_syntax", "rule_layer_order")
 _BAD_REQUEST_CODES = frozenset(ErrorCode.__args__) - _STATUS_OF_CODE.keys()  # type: ignore[attr-defined]
 
 
@@ -93,6 +95,19 @@ class APIStatusError(EditserverError):
 
 class BadRequest(APIStatusError):
     """The request was refused; `code` and `param` say why and where."""
+
+
+class RuleError(BadRequest):
+    """A rule set or a `when` was refused.
+
+    Attributes:
+        line, column: where in its text, from 1; None in the JSON form, where `param` is the path.
+    """
+
+    def __init__(self, message: str, *, line: int | None = None, column: int | None = None, **fields: Any) -> None:
+        self.line = line
+        self.column = column
+        super().__init__(message, **fields)
 
 
 class Unauthorized(APIStatusError):
@@ -169,7 +184,7 @@ def error_from_response(status: int, body: Any, headers: Mapping[str, str]) -> A
     if status == 429:
         wait = parse_retry_after(headers.get("retry-after"))
         return RateLimited(message, status=status, code=code, param=param, body=body, retry_after=wait)
-    return _class_for(status, code)(message, status=status, code=code, param=param, body=body)
+    return _status_error(message, status, code, param, body)
 
 
 def error_from_stream(body: Mapping[str, Any]) -> APIStatusError | StreamError:
@@ -184,7 +199,7 @@ def error_from_stream(body: Mapping[str, Any]) -> APIStatusError | StreamError:
         status = numeric if isinstance(numeric, int) and 400 <= numeric <= 599 else None
     if status is None:
         return StreamError(message, code=code, param=param, body=body)
-    return _class_for(status, code)(message, status=status, code=code, param=param, body=body)
+    return _status_error(message, status, code, param, body)
 
 
 def parse_retry_after(value: str | None, now: datetime | None = None) -> float | None:
@@ -202,6 +217,15 @@ def parse_retry_after(value: str | None, now: datetime | None = None) -> float |
             moment = moment.replace(tzinfo=UTC)
         seconds = (moment - (now or datetime.now(UTC))).total_seconds()
     return max(seconds, 0.0) if seconds == seconds else None
+
+
+def _status_error(message: str, status: int, code: str | None, param: str | None, body: Any) -> APIStatusError:
+    cls = _class_for(status, code)
+    error = body.get("error") if isinstance(body, Mapping) else None
+    line, column = (error.get("line"), error.get("column")) if isinstance(error, Mapping) else (None, None)
+    if cls is BadRequest and (code in _RULE_CODES or isinstance(line, int)):
+        return RuleError(message, line=line, column=column, status=status, code=code, param=param, body=body)
+    return cls(message, status=status, code=code, param=param, body=body)
 
 
 def _class_for(status: int, code: str | None) -> type[APIStatusError]:

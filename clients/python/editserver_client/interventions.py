@@ -1,24 +1,24 @@
 """The interventions that a request may carry; h is the residual stream after a layer.
 
 Common to all: `id` (label echoed in the receipt; default its place in the list), `tokens` (selector, default all),
-`when` (a rule expression that gates it), `include_bos` (position 0 too). What can be seen to be wrong without the
-server raises `pydantic.ValidationError`; the rest (names, dimensions, armed layers) it answers with `BadRequest`.
+`when` (a rule expression, as text or JSON: it acts only where that holds), `include_bos` (position 0 too). What can be
+seen to be wrong without the server raises `pydantic.ValidationError`; the rest (names, dimensions, armed layers) it answers
+with `BadRequest`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 from pydantic.dataclasses import dataclass
 
 from .features import FeatureEdit, Index, check_bounds, check_distinct
+from .rules import Name, Rules, When
 from .selectors import Selector
 from .tensors import TensorLike, as_wire, shape_of
 from .wire import STRICT, Wire
-
-Name = Annotated[str, Field(min_length=1)]
 
 
 def _values(given: Any) -> Any:
@@ -32,7 +32,7 @@ class Common(Wire):
     type: str
     id: str | None = None
     tokens: Selector | None = None
-    when: str | None = None
+    when: When | None = None
     include_bos: bool | None = None
 
 
@@ -174,24 +174,6 @@ class Remap(Common):
     map: Name
     strength: Annotated[float, Field(ge=0)] | None = Field(default=None, kw_only=True)
     type: Literal["remap"] = Field(default="remap", kw_only=True)
-
-
-@dataclass(frozen=True, config=STRICT)
-class Rules(Common):
-    """Reason over features: a ruleset of the library, or inline `propositions`, `rules` and `actions`."""
-
-    ruleset: Name | None = None
-    propositions: Sequence[Any] | Mapping[str, Any] | None = Field(default=None, kw_only=True)
-    rules: Sequence[Any] | Mapping[str, Any] | None = Field(default=None, kw_only=True)
-    actions: Sequence[Any] | Mapping[str, Any] | None = Field(default=None, kw_only=True)
-    type: Literal["rules"] = Field(default="rules", kw_only=True)
-
-    @model_validator(mode="after")
-    def _named_or_inline(self) -> Rules:
-        inline = [part is not None for part in (self.propositions, self.rules, self.actions)]
-        if (self.ruleset is not None) == any(inline):
-            raise ValueError("give either ruleset, or propositions, rules and actions")
-        return self
 
 
 Intervention = Steer | EditFeatures | Suppress | Remap | Rules

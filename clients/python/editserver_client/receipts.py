@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Discriminator, Tag
 
 from .inspection import ANSWER
+from .rules import ActionFacts, Firing, PropositionFacts, WhenFacts
 
 
 class GateFacts(BaseModel):
@@ -35,7 +36,7 @@ class Application(BaseModel):
     model_config = ANSWER
     tokens_edited: int | None = None
     prompt_tokens_edited: int | None = None
-    fired: int | list[dict[str, Any]] | None = None
+    fired: int | None = None
     computed_from: int | None = None
     dose_mean: float | None = None
     dose_max: float | None = None
@@ -43,9 +44,9 @@ class Application(BaseModel):
 
 
 class ReceiptEntry(Application):
-    """One intervention of the request: numbers at `layer`, or per layer in `layers`; rules list what `fired`.
+    """One intervention of the request: numbers at `layer`, or per layer in `layers`.
 
-    `gate` comes with a remap behind a sequence gate.
+    `gate` comes with a remap behind a sequence gate, `when` with an intervention that has one.
     """
 
     id: str
@@ -54,6 +55,49 @@ class ReceiptEntry(Application):
     layers: dict[int, Application] | None = None
     noop: bool | None = None
     gate: GateFacts | None = None
+    when: WhenFacts | None = None
+
+
+class RuleReceipt(BaseModel):
+    """One rule set of the request: what it concluded, from what, and what was done about it.
+
+    `fired` has the beginnings of every conclusion, the first 64 of `fired_count`, each with its proof. `propositions`
+    are those that held anywhere, `actions` those that acted. `edited` counts, by layer, what the actions wrote. `digest`
+    names the rule set in its normal form.
+    """
+
+    model_config = ANSWER
+    id: str
+    type: str
+    digest: str | None = None
+    fired: list[Firing] = []
+    fired_count: int | None = None
+    propositions: list[PropositionFacts] = []
+    actions: list[ActionFacts] = []
+    edited: dict[int, Application] | None = None
+    computed_from: int | None = None
+    noop: bool | None = None
+
+    @property
+    def conclusions(self) -> dict[str, int]:
+        """Each conclusion that was drawn → the first token at which it held."""
+        found: dict[str, int] = {}
+        for firing in self.fired:
+            found.setdefault(firing.conclusion, firing.position)
+        return found
+
+    @property
+    def refused(self) -> bool:
+        """Whether it replaced the answer by a message."""
+        return any(action.do == "refuse" for action in self.actions)
+
+
+def _kind(entry: Any) -> str:
+    kind = entry.get("type") if isinstance(entry, dict) else getattr(entry, "type", None)
+    return "rules" if kind == "rules" else "other"
+
+
+Entry = Annotated[Annotated[RuleReceipt, Tag("rules")] | Annotated[ReceiptEntry, Tag("other")], Discriminator(_kind)]
 
 
 class Receipt(BaseModel):
@@ -61,9 +105,14 @@ class Receipt(BaseModel):
 
     model_config = ANSWER
     digest: str | None
-    receipt: list[ReceiptEntry]
+    receipt: list[Entry]
 
-    def entry(self, id: str) -> ReceiptEntry:
+    @property
+    def rules(self) -> list[RuleReceipt]:
+        """The entries of rule sets."""
+        return [entry for entry in self.receipt if isinstance(entry, RuleReceipt)]
+
+    def entry(self, id: str) -> Any:
         """The entry of the intervention labelled `id` (by default its place in the list, ``"0"``, ``"1"`` …).
 
         Raises:

@@ -8,11 +8,13 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from .events import (
+    ActionEvent,
     Event,
     FinishEvent,
     InspectionEvent,
     ReasoningDelta,
     ReceiptEvent,
+    RuleEvent,
     TextDelta,
     ToolCallDelta,
     UsageEvent,
@@ -53,6 +55,18 @@ class _ChunkChoice(BaseModel):
     logprobs: dict[str, Any] | None = None
 
 
+class _Happening(BaseModel):
+    id: str
+    conclusion: str
+    position: int
+    rule: str | None = None
+    action: str | None = None
+
+
+class _Happenings(BaseModel):
+    events: list[_Happening]
+
+
 class _Chunk(BaseModel):
     id: str | None = None
     created: int | None = None
@@ -61,7 +75,7 @@ class _Chunk(BaseModel):
     choices: list[_ChunkChoice] = Field(default_factory=list)
     usage: Usage | None = None
     choice: int = 0
-    interventions: Receipt | None = None
+    interventions: Receipt | _Happenings | None = None
     inspection: Inspection | list[Inspection] | None = None
 
 
@@ -77,11 +91,14 @@ class StreamedChoice:
         self.logprobs: dict[str, Any] | None = None
         self.receipt: Receipt | None = None
         self.inspection: Readings = None
+        self.rule_events: list[RuleEvent | ActionEvent] = []
         self._tool_calls: dict[int, ToolCall] = {}
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """The tool calls so far; `arguments` of the last one may be incomplete."""
+        """The tool calls so far; `arguments` of the last one may be incomplete. A refused answer calls none."""
+        if self.finish_reason == "content_filter":
+            return []
         return [self._tool_calls[index] for index in sorted(self._tool_calls)]
 
     def _add_tool_call(self, piece: _ToolCallPiece) -> None:
@@ -121,6 +138,12 @@ class StreamedChoice:
                 joined[place] = joined[place].model_copy(update={"tokens": joined[place].tokens + piece.tokens})
         self.inspection = joined if isinstance(given, list) or len(joined) > 1 else joined[0]
         return pieces
+
+
+def _happened(choice: int, one: _Happening) -> RuleEvent | ActionEvent:
+    if one.rule is not None:
+        return RuleEvent(choice, one.id, one.rule, one.conclusion, one.position)
+    return ActionEvent(choice, one.id, one.action or "", one.conclusion, one.position)
 
 
 class Transcript(Generic[ResponseT]):
@@ -178,7 +201,12 @@ class Transcript(Generic[ResponseT]):
         if chunk.inspection is not None:
             for reading in self._growing(chunk.choice)._add_inspection(chunk.inspection):
                 events.append(InspectionEvent(chunk.choice, reading.tokens, reading.sae))
-        if chunk.interventions is not None:
+        if isinstance(chunk.interventions, _Happenings):
+            growing = self._growing(chunk.choice)
+            for one in chunk.interventions.events:
+                growing.rule_events.append(_happened(chunk.choice, one))
+                events.append(growing.rule_events[-1])
+        elif chunk.interventions is not None:
             self._growing(chunk.choice).receipt = chunk.interventions
             events.append(ReceiptEvent(chunk.choice, chunk.interventions))
         if chunk.usage is not None:  # with continuous_usage_stats every chunk has it: the last one counts
