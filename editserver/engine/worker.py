@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,29 +11,18 @@ import numpy.typing as npt
 import torch
 
 from editserver.engine.config import EngineConfig
-from editserver.engine.full_encode import Composed, Demand, serve, warm_up_joint
+from editserver.engine.full_encode import Composed, Demand, serve
 from editserver.engine.gates import Blocks, Hearing, HitMemory
 from editserver.engine.history import History
 from editserver.engine.journal import NOT_SELECTED
-from editserver.engine.kernel_cpu import PLAIN_INPUT, edit_tokens, hit_tokens, read_latents
+from editserver.engine.kernel_cpu import edit_tokens, read_latents
 from editserver.engine.plan import Plan, Segment
 from editserver.engine.resident import LayerTable, Resident, ResidentSet
 from editserver.engine.rows import Dictionaries, RowBank
 from editserver.engine.rule_table import RuleRun, RuleTable
 from editserver.engine.rules import KeptBits, RuleStep
 from editserver.engine.wire import RuleRecord, StepRecord
-from interventions.program import (
-    Channel,
-    LayerProgram,
-    Op,
-    Payload,
-    Program,
-    Read,
-    ReadKind,
-    feature_key,
-    vector_key,
-)
-from interventions.selectors import ALL
+from interventions.program import STREAM, Payload, Read, feature_key
 
 Array = npt.NDArray[Any]
 
@@ -291,6 +279,9 @@ class EngineWorker:
         top_value = np.zeros((n, read.top_k), np.float32)
         self._readings[segment.index, number] = Reading(listed, top_index, top_value)
         rows = np.flatnonzero(wanted)
+        if read.sae == STREAM:
+            listed[rows] = h.numpy()[rows][:, list(read.features)]
+            return []
         sae = self.dictionaries[read.sae]
         if len(rows) and len(read.features) and sae.row_separable:
             slots = np.array([segment.resident.slots[feature_key(read.sae, f)] for f in read.features], np.int32)
@@ -357,30 +348,3 @@ class EngineWorker:
                 if gate.over_sequence:
                     track = resident.tracks[layer.layer, number]
                     yield track.open_from, track.largest
-
-    # -- proof --------------------------------------------------------------------------------------------------
-
-    def warm_up(self) -> None:
-        """Run one step of a program that changes nothing: compiles the kernels before the first edited request does."""
-        if not self.config.armed:
-            return
-        values = np.zeros(self.d_model, "<f4").tobytes()
-        key = vector_key(values)
-        add = Op(1.0, 1.0, -math.inf, math.inf, False, 0, 0)
-        program = Program(
-            (LayerProgram(self.config.armed[0], (Channel(ReadKind.NONE, key, (add,)),)),), (ALL,), {key: values}
-        )
-        self.add_request("warm-up", Payload(program, (), None), [0], 1)
-        positions, token_ids = np.arange(2, dtype=np.int64), np.zeros(2, np.int32)
-        self.begin_step(["warm-up"], np.array([0, 2], np.int32), positions, token_ids)
-        hidden = torch.zeros(2, self.d_model, dtype=self.dtype)
-        self.run(self.config.armed[0], hidden, hidden.clone())
-        self.end_step()
-        self.remove_request("warm-up")
-        out = np.empty((2, 1), np.float32)
-        gate, rows = self.bank.gate.numpy(), self.bank.read.numpy()
-        read_latents(hidden.float().numpy(), np.zeros(1, np.int32), PLAIN_INPUT, rows, gate, out)
-        none = np.zeros(0, np.int64), np.zeros(0, np.int32)
-        hit_tokens(hidden.float().numpy(), *none, PLAIN_INPUT, np.uint64(1), rows, gate, np.zeros(2, np.uint64))
-        if not all(self.dictionaries[digest].additive for digest in self.dictionaries.digests):
-            warm_up_joint()

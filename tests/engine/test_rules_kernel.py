@@ -1,4 +1,4 @@
-"""The stage kernel against the meaning of rule programs, without vLLM: any chunks, batches, prefix hits and preemptions."""
+"""The stage kernel against the plain machine, without vLLM: any chunks, batches, prefix hits and preemptions."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from editserver.engine.gates import Blocks
 from editserver.engine.journal import Journal
 from editserver.engine.kernel_cpu import read_features, read_latents
 from editserver.engine.kernel_rules import pack_scores, run_stage
+from editserver.engine.warm_up import warm_up
 from editserver.engine.worker import EngineWorker
 from interventions.program import (
     Channel,
@@ -35,10 +36,11 @@ from interventions.program import (
     vector_key,
 )
 from interventions.rules.code import ActionCode, ConclusionCode, OpCode, PropositionCode, RuleCode, RuleProgram
+from interventions.rules.machine import Machine, RuleTrace, holds, scores
 from interventions.selectors import ALL
 from sae_weights import SAE, load_sae
 from tests.engine.dictionaries import write_native, write_sae
-from tests.engine.rule_programs import meaning, random_program
+from tests.engine.rule_programs import random_program
 
 D = 40
 LAYERS = (2, 3, 5)
@@ -167,7 +169,7 @@ class Server:
     def due(self, name: str) -> None:
         """Everything that was fed so far is as the program means it."""
         text, journal, n = self.texts[name], self.journals[name], self.at[name]
-        wanted = meaning(text.program, acts(text), text.prompt_len, n)
+        wanted = meant(text, n)
         trace = journal.rules
         assert trace is not None
         for part in ("held", "concluded", "active"):
@@ -175,17 +177,25 @@ class Server:
         cached = journal.computed_from
         assert np.array_equal(trace.scores[cached:], wanted.scores[cached:], equal_nan=True)
         assert np.isnan(trace.scores[:cached]).all()
-        refusing = [i for i, action in enumerate(text.program.actions) if action.refuses]
-        first = [(int(np.flatnonzero(wanted.active[:, i])[0]), i) for i in refusing if wanted.active[:, i].any()]
-        assert journal.refusal == (min(first)[::-1] if first else None)
+        assert journal.refusal == wanted.refusal(text.program)
         for layer in text.payload.program.layers if text.payload.program else ():
             for gate in layer.gates:
                 fired = [journal.stats(gate.action, layer.layer, p).fired for p in range(n + 1)]
                 assert np.array_equal(np.diff(fired) > 0, wanted.active[:, gate.action] & (np.arange(n) >= cached))
 
 
-def acts(text: Text) -> dict[str, np.ndarray]:
-    """Activations of what the program names, as the engine reads them."""
+def meant(text: Text, n: int) -> RuleTrace:
+    """What the machine makes of the first n tokens, all at once."""
+    acts, propositions = activations(text), text.program.propositions
+    score = np.zeros((n, len(propositions)), np.float32)
+    for i, one in enumerate(propositions):
+        score[:, i] = scores(one, np.stack([acts[key][:n] for key in one.features], axis=1))
+    held = np.array([holds(one, score[:, i]) for i, one in enumerate(propositions)]).T
+    return Machine(text.program, text.prompt_len).run(held, score)
+
+
+def activations(text: Text) -> dict[str, np.ndarray]:
+    """Of what the program names, as the engine reads them."""
     worker = reader()
     found = {}
     for one in text.program.propositions:
@@ -198,7 +208,9 @@ def acts(text: Text) -> dict[str, np.ndarray]:
             worker.bank.upload([key], [0], {})
             out = np.empty((len(h), 1), np.float32)
             norm = worker.dictionaries.input_norm(digest)
-            read_latents(h.numpy(), np.zeros(1, np.int32), norm, worker.bank.read.numpy(), worker.bank.gate.numpy(), out)
+            read_latents(
+                h.numpy(), np.zeros(1, np.int32), norm, worker.bank.read.numpy(), worker.bank.gate.numpy(), out
+            )
             found[key] = out[:, 0]
     return found
 
@@ -234,7 +246,9 @@ def test_rules_mean_the_same_in_any_chunks_batches_prefix_hits_and_preemptions(s
                 if n * BLOCK < len(server.texts[name]):
                     server.add(f"r{len(server.texts)}", server.texts[name], server.held[name][:n])
         chosen = [name for name in server.texts if rng.random() < 0.7]
-        server.step({name: int(rng.integers(1, 9)) for name in rng.permutation(chosen).tolist()}, int(rng.integers(0, 3)))
+        server.step(
+            {name: int(rng.integers(1, 9)) for name in rng.permutation(chosen).tolist()}, int(rng.integers(0, 3))
+        )
     for name in server.texts:
         server.due(name)
 
@@ -303,7 +317,7 @@ def test_sums_round_every_product_and_every_sum() -> None:
 
 def test_starting_a_worker_compiles_all_that_rules_need() -> None:
     worker = EngineWorker(dictionaries()[0], D, torch.float32, MAX_TOKENS)
-    worker.warm_up()
+    warm_up(worker)
     kernels = (run_stage, pack_scores, read_features)
     compiled = [len(kernel.signatures) for kernel in kernels]
     server = Server()

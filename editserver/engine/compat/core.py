@@ -18,6 +18,7 @@ from typing import Any
 
 from editserver.engine.bank import BankLedger
 from editserver.engine.compat.kv_groups import whole_group
+from editserver.engine.compat.one_behind import judged
 from editserver.engine.config import EngineConfig
 from editserver.engine.journal import Journal
 from editserver.engine.salt import edit_salt, plain_salt
@@ -63,6 +64,7 @@ def _salted(request: Any, config: EngineConfig | None) -> None:
         )
     layers = {lp.layer for lp in payload.program.layers} if payload.program else set()
     layers |= {read.layer for read in payload.reads}
+    layers |= set(payload.program.rules.layers) if payload.program and payload.program.rules else set()
     if unarmed := layers - set(config.armed):
         raise ValueError(f"the program touches the layers {sorted(unarmed)}, armed are {list(config.armed)}")
     if len(payload.row_keys) > config.bank_rows:
@@ -77,10 +79,12 @@ def _salted(request: Any, config: EngineConfig | None) -> None:
 
 
 def _listens(sampling_params: Any) -> bool:
-    """Whether the request has a gate that remembers."""
+    """Whether the request has rules, or a gate that remembers."""
     payload = payload_of(sampling_params)
-    layers = payload.program.layers if payload and payload.program else ()
-    return any(gate.over_sequence for layer in layers for gate in layer.gates)
+    if payload is None or payload.program is None:
+        return False
+    listening = any(gate.over_sequence for layer in payload.program.layers for gate in layer.gates)
+    return listening or payload.program.rules is not None
 
 
 def _wrap_core(engine_core: Any) -> None:
@@ -91,7 +95,7 @@ def _wrap_core(engine_core: Any) -> None:
         _salted(request, EngineConfig.of(self.vllm_config))
         prepared = original(self, request)
         if whole_group(self.scheduler.kv_cache_config) is None and _listens(request.sampling_params):
-            prepared[0].skip_reading_prefix_cache = True  # nothing keeps what its gates heard along with the KV
+            prepared[0].skip_reading_prefix_cache = True  # nothing keeps what was heard along with the KV
         return prepared
 
     engine_core.preprocess_add_request = preprocess_add_request
@@ -210,20 +214,25 @@ def _wrap_output_processor(processor: Any, request_state: Any) -> None:
     @functools.wraps(process_outputs)
     def _process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         stopped: list[str] = []
+        due: list[Any] = []
         for output in engine_core_outputs:
+            state = self.request_states.get(output.request_id)
+            journal: Journal | None = getattr(state, KEY, None)
             params = output.kv_transfer_params
-            if not params or KEY not in params:
+            if params and KEY in params:
+                records = decode_records(params.pop(KEY))
+                output.kv_transfer_params = params or None
+                if journal is not None:
+                    for record in records:
+                        journal.add(record)
+            if journal is None:
+                due.append(output)
                 continue
-            records = decode_records(params.pop(KEY))
-            output.kv_transfer_params = params or None
-            journal = getattr(self.request_states.get(output.request_id), KEY, None)
-            if journal is not None:
-                for record in records:
-                    journal.add(record)
-                if journal.error is not None and output.finish_reason is None:
-                    output.finish_reason = FinishReason.ABORT  # a refused dose ends the request here and now
-                    stopped.append(output.request_id)
-        processed = process_outputs(self, engine_core_outputs, *args, **kwargs)
+            if (journal.error or journal.refusal) and output.finish_reason is None:
+                output.finish_reason = FinishReason.ABORT  # a refusal ends the request here and now
+                stopped.append(output.request_id)
+            due += judged(state, journal, output) if journal.may_refuse else [output]
+        processed = process_outputs(self, due, *args, **kwargs)
         processed.reqs_to_abort.extend(stopped)
         return processed
 

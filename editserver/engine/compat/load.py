@@ -56,6 +56,7 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
     # llvmlite's module objects if they are there before it.
     from editserver.engine import op, splice
     from editserver.engine.compat import v1_runner
+    from editserver.engine.warm_up import warm_up
     from editserver.engine.worker import EngineWorker
 
     llvmlite_guard.install()
@@ -70,7 +71,7 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
         vllm_config.model_config.dtype,
         int(vllm_config.scheduler_config.max_num_batched_tokens),
     )
-    worker.warm_up()
+    warm_up(worker)
     op.install(worker)
     signatures.check(signatures.RUNNER_RELIED_ON)
     v1_runner.install()
