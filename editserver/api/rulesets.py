@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from editserver.api.errors import as_code, envelope
@@ -11,10 +12,9 @@ from editserver.catalogue import ServedCatalogue
 from editserver.library import StoredRuleset, parse_ruleset_body, split_source
 from interventions.compile import compile_request
 from interventions.errors import InterventionError
-from interventions.rules.checks import check_layer_order
 from interventions.rules.errors import RuleError
 from interventions.rules.reading import parse_ruleset
-from interventions.rules.ruleset import Action, Ruleset
+from interventions.rules.ruleset import Ruleset
 from interventions.spec import parse_interventions
 
 SCHEMA: dict[str, Any] = {
@@ -38,28 +38,29 @@ SCHEMA: dict[str, Any] = {
 
 
 def check_ruleset(source: str | Mapping[str, Any], catalogue: ServedCatalogue) -> Ruleset:
-    """The normal form of a rule set that this server can run.
+    """The normal form of a rule set that this server can run, alone in a request.
 
     Raises:
         RuleError: what is wrong, with line and column of the text or the path in the JSON form.
-        InterventionError: an action that this server cannot carry out.
+        InterventionError: more than the limits allow, or evidence that this server cannot read.
     """
-    text = isinstance(source, str)
-    ruleset = parse_ruleset(source, catalogue.rule_context(), "text" if text else "")
-    saes = catalogue.saes
-    try:
-        check_layer_order(ruleset, lambda sae: saes[sae].layer, lambda action: _layers(action, catalogue))
-    except RuleError as error:
-        raise error.under("text" if text else "") from None
+    form = {"text": source} if isinstance(source, str) else dict(source)
+    ruleset = parse_ruleset(source, catalogue.rule_context(), "text" if isinstance(source, str) else "")
+    if ruleset.rules:
+        try:
+            compile_request(parse_interventions([{"type": "rules"} | form]), [], catalogue)
+        except InterventionError as error:
+            raise _at_top(error) from None
     return ruleset
 
 
-def _layers(action: Action, catalogue: ServedCatalogue) -> tuple[int, ...]:
-    try:
-        return compile_request(parse_interventions([json.loads(action.payload)]), [], catalogue).entries[0].layers
-    except InterventionError as error:
-        message = error.message.replace("interventions[0]", "intervention")
-        raise RuleError(message, action.place, as_code(error.code)) from None
+def _at_top(error: InterventionError) -> InterventionError:
+    """The same error where the fields of the rule set stand at top level."""
+    param = re.sub(r"^interventions(\[0\]\.?)?", "", error.param or "")
+    if isinstance(error, RuleError):
+        return RuleError(error.detail, replace(error.place, path=param), as_code(error.code))
+    message = error.message.removeprefix(f"{error.param}: ")
+    return InterventionError(as_code(error.code), f"{param}: {message}" if param else message, param or None)
 
 
 def normal_form(ruleset: Ruleset) -> dict[str, Any]:
