@@ -33,8 +33,8 @@ def test_capabilities_publish_layers_limits_types_and_schemas(http: httpx.Client
     minimum = {"interventions": 32, "instructions": 1024, "rows": 1024, "rules": 64, "propositions": 128}
     minimum |= {"inspected_features": 256, "top_k": 128, "bank_rows": 8192}
     assert body["limits"].items() >= minimum.items()
-    assert body["intervention_types"] == ["steer", "edit_features", "suppress", "remap"]
-    assert set(body["schemas"]) == {"steer", "edit_features", "suppress", "remap", "inspect"}
+    assert body["intervention_types"] == ["steer", "edit_features", "suppress", "remap", "rules"]
+    assert set(body["schemas"]) == {"steer", "edit_features", "suppress", "remap", "rules", "inspect"}
     assert RELU in [sae["id"] for sae in body["saes"]]
 
 
