@@ -8,12 +8,14 @@ depend, in its last bits, on what else is in the step.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from editserver.api.concept_detector import add_detector, kept_rows, stream_of
 from editserver.api.concept_plan import Evidence, Plan, Readings, patient_pass
 from editserver.api.concept_report import describe, measure
 from editserver.api.evidence import Seen, norm_probe, ordinary_tokens, read_all, truncated_tokens
@@ -21,6 +23,7 @@ from editserver.api.jobs import Job
 from editserver.api.passes import tells_logprobs
 from editserver.api.state import EditState
 from interventions.concepts.fitting import Fit, fit_concept
+from interventions.concepts.labelled import NEGATIVE, POSITIVE
 from interventions.concepts.moments import Firings
 from interventions.errors import InterventionError
 
@@ -39,12 +42,16 @@ async def fit(state: EditState, plan: Plan, job: Job) -> dict[str, Any]:
         if isinstance(error, InterventionError):
             raise
         raise InterventionError("invalid_artifact", str(error)) from None
+    job.advance(len(plan.examples.prompts), "fitting the detector")
+    concept, detection = await asyncio.to_thread(add_detector, state, plan, found.concept, readings)
+    found = replace(found, concept=concept)
     report = await asyncio.to_thread(describe, state, plan, found)
+    report["detector"] = detection
     report["outlier_tokens"] = int(sum((~kept).sum() for kept in readings.kept))
     texts = [text.seen for text in readings.texts]
     report["truncated_tokens"] = truncated_tokens(state, plan.sae, texts, readings.kept)
     report["held_out"] = None
-    if any(plan.examples.held_out):
+    if any(plan.examples.held_out) and plan.methods:
         report["held_out"] = await measure(state, plan, found.concept, readings, job)
     listing = state.catalogue.concepts.put(plan.name, found.concept)
     job.advance(plan.total, "done")
@@ -57,13 +64,16 @@ async def _read(state: EditState, plan: Plan, job: Job) -> Readings:
     inspect = [read_all(state, plan.sae)] + ([] if same else [read_all(state, other)])
     probe = [norm_probe(state, plan.sae.layer)]
     told = tells_logprobs(state)
+    layer = plan.sae.layer if plan.recipe is not None else None
+    rows = kept_rows(state, plan)
     readings = Readings([])
     for i, prompt in enumerate(plan.examples.prompts):
         wanted = told and plan.examples.held_out[i]
-        passes = await patient_pass(state, prompt, probe, inspect, prompt_logprobs=wanted)
+        passes = await patient_pass(state, prompt, probe, inspect, prompt_logprobs=wanted, stream=layer)
         seen = Seen.of(passes, 0, plan.sae.layer)
         readout = seen if same else Seen.of(passes, 0, None, 1)
-        readings.texts.append(Evidence(seen, readout, passes.prompt_logprobs[0] if wanted else None))
+        stream = stream_of(plan, passes, len(inspect), seen, rows[i]) if layer is not None else None
+        readings.texts.append(Evidence(seen, readout, passes.prompt_logprobs[0] if wanted else None, stream))
         job.advance(i + 1, "reading")
     readings.kept = ordinary_tokens(plan.sae, [text.seen for text in readings.texts])
     return readings
@@ -71,13 +81,17 @@ async def _read(state: EditState, plan: Plan, job: Job) -> Readings:
 
 def _fit(state: EditState, plan: Plan, readings: Readings) -> Fit:
     examples = plan.examples
-    k = len(examples.classes)
-    batches = [
-        firings(readings.texts[i].seen, readings.kept[i], examples.labels[i], k) for i in examples.indices(False)
-    ]
+    classes = plan.token_classes
+    batches = []
+    for i in examples.indices(False):
+        seen, kept, tokens = readings.texts[i].seen, readings.kept[i], examples.tokens[i]
+        parts = [(kept, examples.labels[i])]
+        if tokens is not None:
+            parts = [(kept & (tokens == POSITIVE), examples.labels[i]), (kept & (tokens == NEGATIVE), len(classes) - 1)]
+        batches += [firings(seen, mask, label, len(classes)) for mask, label in parts]
     return fit_concept(
         batches,
-        examples.classes,
+        classes,
         plan.sae.sae.n_features,
         plan.choice,
         sae_digest=plan.sae.sae.digest,

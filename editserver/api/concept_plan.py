@@ -10,15 +10,20 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from editserver.api.concept_labels import Labelling, TokenLabels
 from editserver.api.evidence import Seen
 from editserver.api.passes import Passes, Prompt, run
 from editserver.api.state import EditState
 from editserver.catalogue import ServedSAE
 from editserver.library import ConceptLibrary
 from interventions.concepts.concept import Concept, Method
+from interventions.concepts.detection import Recipe
 from interventions.concepts.fitting import Choice
+from interventions.concepts.labelled import Floats, Ints
 from interventions.errors import InterventionError
 
+UNLABELLED = "unlabelled"
+"""Class of the tokens of the target's texts that no label names, where labels are of tokens."""
 LOW_PRIORITY = 1000
 """Of a job's passes, where the server schedules by priority: requests have 0 and go first."""
 
@@ -34,12 +39,14 @@ class Examples:
         classes: names, in the order given.
         prompts, labels: each text and the index of its class.
         held_out: which texts are kept from the fit, for the report.
+        tokens: labels of the tokens of each text of the target from position 1 on, where labels are of tokens; else ``None``.
     """
 
     classes: tuple[str, ...]
     prompts: Sequence[Prompt]
     labels: Sequence[int]
     held_out: Sequence[bool]
+    tokens: Sequence[TokenLabels | None]
 
     def indices(self, held_out: bool) -> list[int]:
         """Of the texts that are, or are not, held out."""
@@ -56,6 +63,8 @@ class Plan:
         readout: the dictionary whose view of the edited text the report's probe takes, and whether it must read after the edit
             (it is ``sae`` itself) rather than at a later layer.
         strengths: of method app, for the report.
+        labelling: what the labels are of.
+        recipe: of the detector; ``None`` for none.
         fitted_on: provenance.
     """
 
@@ -65,11 +74,20 @@ class Plan:
     examples: Examples
     choice: Choice
     strengths: tuple[float, ...]
+    labelling: Labelling
+    recipe: Recipe | None
     fitted_on: Mapping[str, Any]
 
     @property
+    def token_classes(self) -> tuple[str, ...]:
+        """Classes of tokens: those of texts, and of the unlabelled ones where labels are of tokens."""
+        return (*self.examples.classes, UNLABELLED) if self.labelling.by_token else self.examples.classes
+
+    @property
     def methods(self) -> list[tuple[Method, float]]:
-        """(method, strength) of every point of the report."""
+        """(method, strength) of every point of the report; none where texts of one class leave nothing to tell apart."""
+        if len(self.examples.classes) < 2:
+            return []
         app: list[tuple[Method, float]] = [("app", strength) for strength in self.strengths]
         return [*app, ("attenuate", 0.5), ("range", 1.0), ("mask", 1.0)]
 
@@ -88,11 +106,28 @@ class Evidence:
         seen: in the latents of the concept's dictionary.
         readout: in those of the readout's.
         logprobs: of the prompt's tokens, of held-out texts.
+        stream: the residual stream at the concept's layer, for the dense baseline.
     """
 
     seen: Seen
     readout: Seen
     logprobs: npt.NDArray[np.float64] | None
+    stream: Stream | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The residual stream of one text.
+
+    Attributes:
+        mean: float32 ``[d]``, over the tokens of ordinary norm.
+        at: int64 ``[r]``, the tokens that are kept; token 0 is position 1.
+        rows: float32 ``[r, d]``.
+    """
+
+    mean: Floats
+    at: Ints
+    rows: Floats
 
 
 @dataclass

@@ -10,7 +10,7 @@ import asyncio
 import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,7 +25,10 @@ from editserver.api.requests import EditChatRequest, EditCompletionRequest
 from editserver.api.state import EditState
 from editserver.api.vllm_entry import ErrorResponse
 from interventions.compile import compile_request
+from interventions.compiled import Compiled
 from interventions.errors import Code, InterventionError
+from interventions.program import STREAM, Read
+from interventions.selectors import ALL
 from interventions.spec import parse_inspect, parse_interventions
 from interventions.wording import printable, show
 
@@ -139,6 +142,7 @@ async def run(
     logprobs: bool = False,
     *,
     prompt_logprobs: bool = False,
+    stream: int | None = None,
     priority: int = 0,
 ) -> Passes:
     """One pass over each prompt, all at once.
@@ -147,13 +151,17 @@ async def run(
         interventions, inspect: the fields of a request, as parsed JSON.
         logprobs: whether the next-token distributions are wanted.
         prompt_logprobs: whether those of the prompt's own tokens are; not on a server for which :func:`tells_logprobs` is false.
+        stream: a layer whose residual stream at the prompt's tokens is read too, after the inspections.
         priority: of the passes, under ``--scheduling-policy priority``: smaller numbers go first, requests have 0.
 
     Raises:
         InterventionError: with the contract's codes; ``param`` is a path below ``interventions`` or ``inspect``.
     """
     specs, reads = parse_interventions(interventions), parse_inspect(inspect)
-    edit = Edit(state, compile_request(specs, reads, state.catalogue), isinstance(inspect, list))
+    compiled = compile_request(specs, reads, state.catalogue)
+    if stream is not None:
+        compiled = _with_stream(compiled, stream, state.catalogue.d_model)
+    edit = Edit(state, compiled, isinstance(inspect, list))
     edit.set_prompts([prompt.token_ids for prompt in prompts])
     release = state.capacity.reserve(edit.compiled.row_keys)
     try:
@@ -175,6 +183,18 @@ async def run(
         else []
     )
     return Passes(edit, [edit.choices[i] for i in range(len(prompts))], distributions, own)
+
+
+def _with_stream(compiled: Compiled, layer: int, d_model: int) -> Compiled:
+    read = Read(STREAM, layer, tuple(range(d_model)), 0, ALL)  # a pass feeds nothing but the prompt
+    return replace(
+        compiled,
+        reads=(*compiled.reads, read),
+        inspect_ids=(*compiled.inspect_ids, STREAM),
+        inspect_params=(*compiled.inspect_params, STREAM),
+        inspect_approximate=(*compiled.inspect_approximate, False),
+        inspects_prompt=True,
+    )
 
 
 def tells_logprobs(state: EditState) -> bool:

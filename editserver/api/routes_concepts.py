@@ -14,15 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from editserver import __version__
 from editserver.api.body import read_json, validate
 from editserver.api.concept_fit import fit
-from editserver.api.concept_plan import Examples, Plan
+from editserver.api.concept_labels import MAX_WORDS, Labelling, Marked, MarkedText, as_marked
+from editserver.api.concept_plan import UNLABELLED, Examples, Plan
 from editserver.api.concept_report import readout
 from editserver.api.passes import (
     MAX_FIT_CLASSES,
     MAX_FIT_TEXTS,
     MAX_FIT_TOKENS,
     Prompt,
-    Text,
-    as_text,
     render,
     shortened,
 )
@@ -31,9 +30,13 @@ from editserver.catalogue import ServedSAE
 from editserver.library import NAME
 from interventions.concepts.concept import MAX_NAME
 from interventions.concepts.density import N_BINS, SMOOTHING
+from interventions.concepts.detection import TOP as DETECTOR_TOP
+from interventions.concepts.detection import Recipe
 from interventions.concepts.fitting import Choice
 from interventions.concepts.salient import MAX_RATE, TOP
+from interventions.concepts.tree import MAX_DEPTH
 from interventions.errors import InterventionError
+from interventions.rules.proposition import MAX_FEATURES
 from interventions.suppression import max_bins
 from interventions.wording import choices, nearest, show
 
@@ -53,8 +56,9 @@ class FitConceptBody(BaseModel):
 
     name: str = Field(description="The concept's name in the library.")
     sae: str = Field(description="SAE in whose latents it is fitted (needs the full encode).")
-    concepts: dict[str, Annotated[list[Text], Field(min_length=1)]] = Field(
-        description=f"Class → its texts, or chats as lists of messages; at most {MAX_FIT_TEXTS} in all.",
+    concepts: dict[str, Annotated[list[MarkedText], Field(min_length=1)]] = Field(
+        description=f"Class → its texts, or chats as lists of messages; at most {MAX_FIT_TEXTS} in all. Where `labels` is "
+        "position, those of the target are objects with places in them.",
         min_length=1,
         json_schema_extra={"maxProperties": MAX_FIT_CLASSES},
     )
@@ -92,6 +96,30 @@ class FitConceptBody(BaseModel):
         list(STRENGTHS), description="Strengths of method app in the report."
     )
     tokens_per_text: int = Field(TOKENS_PER_TEXT, ge=2, description="Longer texts are read up to there.")
+    labels: Literal["sentence", "word", "position"] = Field(
+        "sentence",
+        description="What of the target's texts is of the concept: all of their tokens, those of `words`, or those at places.",
+    )
+    words: Annotated[list[str], Field(max_length=MAX_WORDS)] | None = Field(
+        None, description="Words and phrases that are labelled in the target's texts, whatever their case."
+    )
+    span_tokens: Literal["last", "all"] | None = Field(
+        None,
+        description="Which tokens of a word or span are labelled; the last one of a word by default, all of a span.",
+    )
+    detector: Literal["auto", "single", "multi", "relation"] | None = Field(
+        "auto",
+        description="How rules tell that the concept is present: by one latent, a weighted sum, or a decision tree; auto "
+        "takes what does best on held-out folds; null: not at all.",
+    )
+    detector_top: int = Field(
+        DETECTOR_TOP, ge=1, le=MAX_FEATURES, description="Latents that a detector may choose from."
+    )
+    detector_weights: Literal["difference", "log_decay"] = Field(
+        "difference",
+        description="Of a weighted sum: (difference of means)/σ², or 1 − ln(i + 1)/ln(k + 1) by rank i.",
+    )
+    tree_depth: int = Field(MAX_DEPTH, ge=1, le=MAX_DEPTH, description="Of a tree, at most.")
 
 
 class FitAnswer(BaseModel):
@@ -142,21 +170,52 @@ async def _plan(state: EditState, body: FitConceptBody) -> Plan:
         )
     if body.target == background:
         raise _bad("background", f"{show(background)} is the target itself")
+    labelling = _labelling(body, classes, texts)
     _check_limits(state, body, classes, texts)
-    _check_priors(body.priors, classes)
-    prompts, labels = [], []
+    _check_priors(body.priors, [*classes, UNLABELLED] if labelling.by_token else classes)
+    prompts, labels, tokens = [], [], []
     for label, name in enumerate(classes):
         param = (
             BACKGROUND if body.background and name == BACKGROUND and name not in body.concepts else f"concepts.{name}"
         )
-        rendered = await render(state, texts[label], param, "invalid_artifact")
-        prompts += [shortened(prompt, body.tokens_per_text) for prompt in rendered]
+        rendered = await render(state, [one.text for one in texts[label]], param, "invalid_artifact")
+        short = [shortened(prompt, body.tokens_per_text) for prompt in rendered]
+        prompts += short
         labels += [label] * len(rendered)
+        by_token = labelling.by_token and name == body.target
+        tokenizer = state.catalogue.tokenizer
+        pairs = zip(short, texts[label], strict=True)
+        tokens += [labelling.of(tokenizer, *pair) if by_token else None for pair in pairs]
     _check_prompts(prompts)
-    examples = Examples(tuple(classes), prompts, labels, _held_out(labels, body))
+    examples = Examples(tuple(classes), prompts, labels, _held_out(labels, body), tokens)
     choice = Choice(body.target, background, body.by, body.top, body.max_rate, body.bins, body.priors)
     provenance = _provenance(state, body, sae, examples, texts)
-    return Plan(body.name, sae, readout(state.catalogue, sae), examples, choice, tuple(body.strengths), provenance)
+    recipe = None
+    if body.detector is not None:
+        level: Literal["token", "text"] = "token" if labelling.by_token else "text"
+        weights, depth = body.detector_weights, body.tree_depth
+        recipe = Recipe(body.detector, level, body.detector_top, weights, depth, body.max_rate)
+    reads = readout(state.catalogue, sae)
+    return Plan(body.name, sae, reads, examples, choice, tuple(body.strengths), labelling, recipe, provenance)
+
+
+def _labelling(body: FitConceptBody, classes: Sequence[str], texts: Sequence[Sequence[Marked]]) -> Labelling:
+    words = tuple(body.words or ())
+    if body.labels == "word" and not words:
+        raise _bad("words", "labels is word: which ones?")
+    if body.labels != "word" and words:
+        raise _bad("words", f"goes with labels word; labels is {body.labels}")
+    for i, word in enumerate(words):
+        if not word.strip() or len(word) > MAX_NAME:
+            raise _bad(f"words[{i}]", f"expected 1 to {MAX_NAME} characters, got {show(word)}")
+    for name, given in zip(classes, texts, strict=True):
+        for i, one in enumerate(given):
+            if (one.spans or one.positions) and (body.labels != "position" or name != body.target):
+                where = f"concepts.{name}[{i}]"
+                raise _bad(where, "places are labelled in texts of the target, where labels is position")
+    if body.labels != "sentence" and UNLABELLED in classes:
+        raise _bad("concepts", f"{show(UNLABELLED)} is the class of the tokens that no label names")
+    return Labelling(body.labels, words, body.span_tokens or ("last" if body.labels == "word" else "all"))
 
 
 def _dictionary(state: EditState, name: str) -> ServedSAE:
@@ -175,7 +234,7 @@ def _dictionary(state: EditState, name: str) -> ServedSAE:
     return sae
 
 
-def _classes(body: FitConceptBody) -> tuple[list[str], list[list[Any]], str | None]:
+def _classes(body: FitConceptBody) -> tuple[list[str], list[list[Marked]], str | None]:
     """Names of the classes, the texts of each, and which one is the background."""
     classes, texts = list(body.concepts), [list(given) for given in body.concepts.values()]
     for name in classes:
@@ -188,24 +247,25 @@ def _classes(body: FitConceptBody) -> tuple[list[str], list[list[Any]], str | No
             raise _bad("background", f"{message} Texts are given as a list")
         return classes, texts, background
     if background is None:
-        if len(classes) < 2:
-            raise _bad("concepts", "one class has nothing to differ from; give another one, or texts as background")
         return classes, texts, None
     if not isinstance(background, list) or not background:
         raise _bad("background", f"expected texts, or the name of a class; got {show(background)}")
     if BACKGROUND in classes:
         raise _bad("background", f"{show(BACKGROUND)} is one of concepts already; name it, instead of giving texts")
+    ordinary = []
     for i, text in enumerate(background):
         try:
-            as_text(text)
+            ordinary.append(as_marked(text))
         except ValueError as error:
             raise _bad(f"background[{i}]", str(error)) from None
-    return [*classes, BACKGROUND], [*texts, background], BACKGROUND
+    return [*classes, BACKGROUND], [*texts, ordinary], BACKGROUND
 
 
-def _check_limits(state: EditState, body: FitConceptBody, classes: Sequence[str], texts: Sequence[list[Any]]) -> None:
+def _check_limits(
+    state: EditState, body: FitConceptBody, classes: Sequence[str], texts: Sequence[Sequence[Marked]]
+) -> None:
     limits = state.catalogue.limits
-    if len(classes) < 2:
+    if len(classes) < 2 and body.labels == "sentence":
         raise _bad("concepts", "one class has nothing to differ from; give another one, or texts as background")
     rows = min(limits.rows, state.config.bank_rows) // 2
     bins = max_bins(state.catalogue.d_model)
@@ -263,11 +323,12 @@ def _held_out(labels: Sequence[int], body: FitConceptBody) -> list[bool]:
 
 
 def _provenance(
-    state: EditState, body: FitConceptBody, sae: ServedSAE, examples: Examples, texts: Sequence[list[Any]]
+    state: EditState, body: FitConceptBody, sae: ServedSAE, examples: Examples, texts: Sequence[Sequence[Marked]]
 ) -> dict[str, Any]:
     """What the concept was fitted on: no clock and no path in it, so that equal requests give equal concepts."""
     kept = examples.indices(False)
-    return {
+    words = {"words": {"count": len(body.words), "sha256": _sha256(body.words)}} if body.words else {}
+    return words | {
         "editserver": __version__,
         "vllm": state.vllm_version,
         "sae": sae.id,
@@ -275,7 +336,7 @@ def _provenance(
             name: {
                 "texts": len(texts[label]),
                 "fitted": sum(examples.labels[i] == label for i in kept),
-                "sha256": hashlib.sha256(json.dumps(texts[label], sort_keys=True).encode()).hexdigest(),
+                "sha256": _sha256([one.as_json() for one in texts[label]]),
             }
             for label, name in enumerate(examples.classes)
         },
@@ -288,6 +349,10 @@ def _provenance(
             "tokens_per_text": body.tokens_per_text,
         },
     }
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _bad(param: str, message: str) -> InterventionError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from editserver.api.rulesets import SCHEMA, parse_stored, shown_normal
 from editserver.api.state import editing
 from editserver.catalogue import ServedCatalogue
 from editserver.library import Library, StoredRuleset, Vector, concept_body, parse_concept, parse_vector
+from editserver.library.concepts import DETECTOR_SCHEMA
 from interventions.concepts.concept import FACTS, TENSORS, Concept
 from interventions.errors import InterventionError
 from interventions.maps.body import from_body, to_body
@@ -57,6 +59,7 @@ _CONCEPT: dict[str, Any] = {
     "additionalProperties": False,
     "required": ["sae_digest", "layer", "model", "target", "classes", "by", *TENSORS],
     "properties": {name: _FACT[name] for name in FACTS}
+    | {"detector": DETECTOR_SCHEMA}
     | {name: _NUMBERS | {"description": f"Shape [{', '.join(dims.split())}]."} for name, (_, dims) in TENSORS.items()},
 }
 
@@ -145,6 +148,17 @@ def _parse_concept(raw: Any, catalogue: ServedCatalogue) -> Concept:
     return concept
 
 
+def _detector(name: str, concept: Concept, catalogue: ServedCatalogue) -> dict[str, Any]:
+    """How rules name what the concept's detector says, where its dictionary is served."""
+    if concept.detector is None:
+        return {}
+    shown = concept.detector.as_dict()
+    with suppress(InterventionError):
+        sae = catalogue.dictionary_of(concept).id
+        shown |= {"sae": sae, "expressions": concept.detector.expressions(sae, name)}
+    return {"detector": shown}
+
+
 def _parse_map(raw: Any, catalogue: ServedCatalogue) -> LatentMap:
     found = from_body(raw)
     catalogue.dictionary_of_map(found)
@@ -174,7 +188,7 @@ class Kind:
 
 KINDS = (
     Kind("vectors", lambda catalogue: catalogue.library, _parse_vector, Vector.body, _VECTOR),
-    Kind("concepts", lambda catalogue: catalogue.concepts, _parse_concept, concept_body, _CONCEPT),
+    Kind("concepts", lambda catalogue: catalogue.concepts, _parse_concept, concept_body, _CONCEPT, _detector),
     Kind("maps", lambda catalogue: catalogue.maps, _parse_map, to_body, _MAP),
     Kind("rulesets", lambda catalogue: catalogue.rulesets, parse_stored, StoredRuleset.body, _RULESET, shown_normal),
 )

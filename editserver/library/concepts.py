@@ -13,9 +13,41 @@ from pydantic import TypeAdapter, ValidationError
 
 from editserver.library.store import Library
 from interventions.concepts.concept import FACTS, TENSORS, Concept
+from interventions.concepts.detector import KINDS, detector_from_dict
 from interventions.errors import Code, InterventionError
 from interventions.fields import MAX_VALUES, Values
 from interventions.wording import choices, nearest, printable, show
+
+DETECTOR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "description": "How rules tell that the concept is present: a token counts where score >= threshold.",
+    "additionalProperties": False,
+    "required": ["kind", "threshold"],
+    "properties": {
+        "kind": {"enum": list(KINDS)},
+        "features": {
+            "type": "array",
+            "description": "score = Σ weight·activation; one feature for single.",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["index"],
+                "properties": {"index": {"type": "integer", "minimum": 0}, "weight": {"type": "number", "default": 1}},
+            },
+        },
+        "tree": {
+            "type": "object",
+            "description": "relation: feature, op, threshold, then, else; a leaf is its score.",
+        },
+        "op": {"const": ">="},
+        "threshold": {"type": "number"},
+        "text": {
+            "anyOf": [{"type": "object", "minProperties": 1, "maxProperties": 1}, {"type": "null"}],
+            "description": 'When a text counts: {"threshold"} of its largest score, or {"percent"} of its tokens.',
+        },
+    },
+}
 
 _OPTIONAL: dict[str, Any] = {"background": None, "max_rate": None, "dense": 0, "fitted_on": {}}
 _values: TypeAdapter[Any] = TypeAdapter(Values)
@@ -45,7 +77,7 @@ def parse_concept(raw: Any) -> Concept:
     """
     if not isinstance(raw, dict):
         raise _invalid(f"expected an object with {choices((*FACTS, *TENSORS))}; got {show(raw)}", None)
-    known = (*FACTS, *TENSORS)
+    known = (*FACTS, *TENSORS, "detector")
     for key in raw:
         if key not in known:
             raise _invalid(f"unknown field.{nearest(key, known)}", printable(key[:64]))
@@ -62,13 +94,16 @@ def parse_concept(raw: Any) -> Concept:
         if value is None:
             raise _invalid("is required", name)
         fields[name] = _integers(value, name) if dtype is torch.int64 else _floats(value, name)
-    return Concept(**fields)
+    given = raw.get("detector")
+    return Concept(**fields, detector=None if given is None else detector_from_dict(given))
 
 
 def concept_body(concept: Concept) -> dict[str, Any]:
     """The JSON form that :func:`parse_concept` reads: facts as they are, tensors in base64."""
     facts = {name: getattr(concept, name) for name in FACTS}
     facts |= {"classes": list(concept.classes), "fitted_on": dict(concept.fitted_on)}
+    if concept.detector is not None:
+        facts["detector"] = concept.detector.as_dict()
     return facts | {name: _packed(getattr(concept, name)) for name in TENSORS}
 
 

@@ -5,8 +5,8 @@ Candidates are the latents with the largest difference of means between positive
 
 - single: the candidate whose best threshold has the largest balanced accuracy;
 - multi: Σ w·a over the candidates. ``difference``: w = δ/σ with the effect size δ = (μ₁ − μ₀)/σ and the pooled standard deviation
-  σ, so that each activation counts in units of σ and by how far it tells the classes apart. ``log_decay``: w = 1 − ln(i + 1)/ln(k + 1)
-  by rank i = 0 … k − 1, once (the public code of ActivationReasoning multiplies by it twice);
+  σ, so that each activation counts in units of σ and by how far it tells the classes apart. ``log_decay``, by rank i = 0 … k − 1:
+  w = 1 − ln(i + 1)/ln(k + 1), once (the public code of ActivationReasoning multiplies by it twice);
 - relation: a tree over the candidates.
 
 Everything that is fitted, the choice of candidates included, is fitted anew without the texts that it is judged by.
@@ -33,6 +33,7 @@ TOP = 20
 """Candidates, unless told otherwise."""
 Weights = Literal["difference", "log_decay"]
 Level = Literal["token", "text"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 Decision = Literal["peak", "share"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
 
@@ -78,13 +79,13 @@ class Trial:
     @property
     def decision(self) -> Decision | None:
         """The better way to decide on texts; of equals the peak."""
-        return max(self.text, key=lambda way: self.text[way].balanced_accuracy) if self.text else None
+        return max(self.text, key=lambda way: self.text[way].balanced_accuracy, default=None)
 
     def accuracy(self, level: Level) -> float:
         """Balanced accuracy at a level; 0 where there is none."""
         if level == "token":
             return self.token.balanced_accuracy
-        return self.text[self.decision].balanced_accuracy if self.decision else 0.0
+        return max((one.balanced_accuracy for one in self.text.values()), default=0.0)
 
 
 @dataclass(frozen=True, eq=False)

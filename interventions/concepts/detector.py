@@ -201,12 +201,12 @@ class Detector:
 
 
 def detector_from_dict(raw: Any) -> Detector:
-    """Read :meth:`Detector.as_dict`; ``expressions`` beside it are left aside.
+    """Read :meth:`Detector.as_dict`.
 
     Raises:
         InterventionError: ``invalid_artifact``, ``param`` naming the field.
     """
-    fields = _fields(raw, ("kind", "threshold"), ("features", "tree", "op", "text", "expressions"))
+    fields = _fields(raw, ("kind", "threshold"), ("features", "tree", "op", "text"))
     if fields["op"] not in (None, ">="):
         _fail("op", f"a token counts where score >= threshold; got {show(fields['op'])}")
     given = {key: fields[key] for key in ("features", "tree", "threshold") if fields[key] is not None}
