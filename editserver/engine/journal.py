@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from editserver.engine.trace import RuleLog, RuleTrace
+from editserver.engine.trace import RuleLog
 from editserver.engine.wire import StepRecord
 from interventions.errors import InterventionError
 from interventions.program import Payload
+from interventions.rules.machine import RuleTrace
 
 
 @dataclass(frozen=True)

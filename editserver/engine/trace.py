@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,27 +9,9 @@ import numpy.typing as npt
 
 from editserver.engine.wire import RuleRecord
 from interventions.rules.code import RuleProgram
+from interventions.rules.machine import RuleTrace
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class RuleTrace:
-    """All that is known of positions 0 … n − 1; the numbers are those of the request's ``RuleProgram``.
-
-    Attributes:
-        held: which propositions hold, bool ``[n, propositions]``.
-        concluded: which conclusions hold, bool ``[n, conclusions]``.
-        active: which actions are active, bool ``[n, actions]``.
-        scores: of the propositions that hold, float32 ``[n, propositions]``; NaN where one does not, and at positions that
-            were taken from the prefix cache.
-    """
-
-    n: int
-    held: npt.NDArray[np.bool_]
-    concluded: npt.NDArray[np.bool_]
-    active: npt.NDArray[np.bool_]
-    scores: npt.NDArray[np.float32]
 
 
 class RuleLog:
@@ -70,9 +51,9 @@ class RuleLog:
                 self.refusal = int(self._refusing[actions[0]]), record.first + int(tokens[0])
 
     def trace(self) -> RuleTrace:
-        """Everything so far."""
+        """Everything so far; scores are NaN where nothing holds, and at positions that only a prefix cache has seen."""
         held, concluded, active = (self._unpacked(which, 0, self._n) for which in range(3))
-        return RuleTrace(self._n, held, concluded, active, np.where(held, self._scores[: self._n], np.float32(np.nan)))
+        return RuleTrace(held, concluded, active, np.where(held, self._scores[: self._n], np.float32(np.nan)))
 
     def _reserve(self, size: int) -> None:
         have = len(self._scores)
