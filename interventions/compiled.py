@@ -12,6 +12,7 @@ from interventions.errors import Code, InterventionError
 from interventions.program import Gate, Payload, Program, Read
 from interventions.rules.ruleset import Ruleset
 from interventions.selectors import Selector
+from interventions.wording import show
 
 
 @dataclass(frozen=True)
@@ -196,24 +197,31 @@ def check_selectable(compiled: Compiled, prompt_token_ids: Sequence[int], max_to
         InterventionError: ``invalid_intervention`` or ``invalid_inspection``, ``param`` naming the selector.
     """
     for entry in compiled.entries:
-        if not entry.noop:
-            _check_selector(entry.selector, prompt_token_ids, max_tokens, entry.param, "invalid_intervention")
+        if not entry.noop and entry.type != "rules":
+            param = f"{entry.param}.tokens"
+            _check_selector(entry.selector, prompt_token_ids, max_tokens, param, "invalid_intervention")
+    for action in compiled.rules.actions if compiled.rules else ():
+        if action.selector is not None and not action.noop:
+            param = f"{action.param}.tokens" if action.param.endswith(".do") else action.param
+            _check_selector(action.selector, prompt_token_ids, max_tokens, param, "invalid_intervention", action.text)
     for read, param in zip(compiled.reads, compiled.inspect_params, strict=True):
-        _check_selector(read.selector, prompt_token_ids, max_tokens, param, "invalid_inspection")
+        _check_selector(read.selector, prompt_token_ids, max_tokens, f"{param}.tokens", "invalid_inspection")
 
 
-def _check_selector(selector: Selector, prompt: Sequence[int], max_tokens: int | None, param: str, code: Code) -> None:
+def _check_selector(
+    selector: Selector, prompt: Sequence[int], max_tokens: int | None, param: str, code: Code, text: str = ""
+) -> None:
     n_fed = None if max_tokens is None else len(prompt) + max(0, max_tokens - 1)
     if _can_select(selector, prompt, n_fed):
         return
-    message = f"selects no token: the prompt has positions 0..{len(prompt) - 1}"
+    message = f"{text and show(text) + ' '}selects no token: the prompt has positions 0..{len(prompt) - 1}"
     if n_fed is not None and n_fed > len(prompt):
         message += f", generated tokens that are fed back can reach {n_fed - 1}"
     elif n_fed is not None:
         message += ", and with this max_tokens no generated token is fed back"
     if _can_select(Selector(selector.ranges, selector.token_ids, True), prompt, n_fed):
         message += "; position 0 is left out unless include_bos is true"
-    raise InterventionError(code, f"{param}.tokens: {message}", f"{param}.tokens")
+    raise InterventionError(code, f"{param}: {message}", param)
 
 
 def _can_select(selector: Selector, prompt: Sequence[int], n_fed: int | None) -> bool:

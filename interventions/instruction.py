@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from msgspec import structs
 
 from interventions.errors import InterventionError
-from interventions.program import Channel, Gate, LayerProgram, Op, OpKind, Program, ReadKind, UnitKind
+from interventions.program import Channel, Gate, GateKind, LayerProgram, Op, OpKind, Program, ReadKind, UnitKind
+from interventions.rules.code import RuleProgram
 from interventions.selectors import Selector
 from interventions.spec import FeatureEdit
 
@@ -69,6 +72,16 @@ class Instruction:
         unit = 1.0 if self.unit is UnitKind.ABSOLUTE else original
         size = abs(self.alpha) * size + abs(self.beta) * unit + abs(self.gamma) * original
         return max(abs(min(max(x, self.lo), self.hi)) for x in (-size, size))
+
+    def renumbered(self, actions: Mapping[int, int]) -> Instruction:
+        """The same behind gates that name their actions by other numbers."""
+        if not any(gate.kind is GateKind.RULE for gate in self.gates):
+            return self
+        gates = (
+            structs.replace(gate, action=actions[gate.action]) if gate.kind is GateKind.RULE else gate
+            for gate in self.gates
+        )
+        return replace(self, gates=tuple(gates))
 
     def op(self, selectors: Numbers, gates: Numbers) -> Op:
         """The op in a program that numbers selectors, and the gates of its layer, like this."""
@@ -129,12 +142,23 @@ class Draft:
     Attributes:
         named: row keys of all instructions, no-ops included.
         n_instructions: no-ops included.
+        gates: all that is added now is behind these as well (:meth:`behind`).
     """
 
     channels: dict[tuple[int, ReadKind, str], list[Instruction]] = field(default_factory=dict)
     vectors: dict[str, bytes] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
     n_instructions: int = 0
+    gates: tuple[Gate, ...] = ()
+
+    @contextmanager
+    def behind(self, gates: tuple[Gate, ...]) -> Iterator[None]:
+        """Everything that is added within is also behind ``gates``."""
+        before, self.gates = self.gates, (*self.gates, *gates)
+        try:
+            yield
+        finally:
+            self.gates = before
 
     def add(
         self,
@@ -152,17 +176,31 @@ class Draft:
         if silent or instruction.is_identity or not selects:
             return False
         self.vectors.update(vectors or {})
-        self.channels.setdefault((layer, kind, key), []).append(instruction)
+        gated = replace(instruction, gates=(*instruction.gates, *self.gates)) if self.gates else instruction
+        self.channels.setdefault((layer, kind, key), []).append(gated)
         return True
 
-    def program(self, max_dose: float, refuse_over_dose: bool) -> Program | None:
+    def program(
+        self,
+        max_dose: float,
+        refuse_over_dose: bool,
+        rules: RuleProgram | None = None,
+        actions: Mapping[int, int] | None = None,
+    ) -> Program | None:
         """Everything that was kept, in canonical order; ``None`` if nothing was.
+
+        Args:
+            max_dose, refuse_over_dose: the server's policy.
+            rules: what the gates of kind RULE follow; a program even where nothing is behind them.
+            actions: number of an action in those gates → its number in ``rules``.
 
         Raises:
             InterventionError: ``invalid_intervention``: values beyond what float32 can carry.
         """
-        if not self.channels:
+        if not self.channels and rules is None:
             return None
+        for instructions in self.channels.values():
+            instructions[:] = [one.renumbered(actions or {}) for one in instructions]
         kept = [one for instructions in self.channels.values() for one in instructions]
         parts = [part for one in kept for part in (one.selector, one.scope) if part is not None]
         selectors, number = _numbered(parts, lambda selector: selector)
@@ -172,7 +210,7 @@ class Draft:
             self._check_reach(kind, row, instructions)
             ops = [one.op(number, gates[layer][1]) for one in instructions]
             if kind in (ReadKind.NONE, ReadKind.NORM):  # constants only add up: their order means nothing
-                ops.sort(key=lambda op: (op.selector, op.beta, op.intervention))
+                ops.sort(key=lambda op: (op.selector, op.beta, op.gates, op.intervention))
             layers.setdefault(layer, []).append(Channel(kind, row, tuple(ops)))
         return Program(
             layers=tuple(LayerProgram(layer, tuple(channels), gates[layer][0]) for layer, channels in layers.items()),
@@ -180,6 +218,7 @@ class Draft:
             vectors=dict(sorted(self.vectors.items())),
             max_dose=rounded(max_dose),
             refuse_over_dose=bool(refuse_over_dose) and math.isfinite(max_dose),
+            rules=rules,
         )
 
     def _gates(self, layer: int) -> tuple[tuple[Gate, ...], Numbers]:

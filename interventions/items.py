@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
-from interventions.fields import ALL_TOKENS, Flag, Label, Path, Tokens, fault
+from interventions.fields import ALL_TOKENS, Flag, Label, Path, Tokens, fault, text
 from interventions.wording import choices, nearest, printable, show
 
 
@@ -35,6 +44,26 @@ class Item(BaseModel):
         return name in self.model_fields_set
 
 
+MAX_EXPRESSION = 2**16
+"""Longest ``when`` in the text form, in characters."""
+
+
+def _expression(value: Any) -> Any:
+    if isinstance(value, str):
+        return text(value, at_most=MAX_EXPRESSION)
+    if not isinstance(value, dict):
+        raise fault(f"expected a rule expression, as text or as an object; got {show(value)}")
+    return value
+
+
+Expression = Annotated[
+    Any,
+    PlainValidator(_expression),
+    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1, "maxLength": MAX_EXPRESSION}, {"type": "object"}]}),
+]
+"""A rule expression, unread: text, or the JSON form."""
+
+
 class Common(Item):
     """Fields of every intervention."""
 
@@ -47,6 +76,9 @@ class Common(Item):
         "(their union).",
     )
     include_bos: Flag = Field(False, description="Whether position 0 may be selected too.")
+    when: Expression | None = Field(
+        None, description="A rule expression: the intervention acts only at tokens where it holds."
+    )
 
     @property
     def param(self) -> str:

@@ -19,8 +19,11 @@ class Limits:
         interventions: entries of ``interventions``.
         instructions: ops over all layers, no-ops included.
         rows: distinct directions and latents that the instructions name.
-        rules: rules of all rule sets.
-        propositions: propositions of all rule sets.
+        rules: rules of all rule sets as written, and distinct ``when`` expressions.
+        propositions: distinct propositions of all of them.
+        memories: distinct pieces of evidence over several tokens: scopes, counts, orders.
+        rule_actions: distinct actions on conclusions, with what a ``when`` gates.
+        rule_steps: names and operators of all rules and memories, as the engine runs them.
         inspected_features: listed features over all inspections.
         top_k: ``top_k`` of one inspection.
         selector_parts: members of one ``tokens`` list.
@@ -35,6 +38,9 @@ class Limits:
     rows: int = 1024
     rules: int = 64
     propositions: int = 128
+    memories: int = 256
+    rule_actions: int = 128
+    rule_steps: int = 4096
     inspected_features: int = 256
     top_k: int = 128
     selector_parts: int = 64

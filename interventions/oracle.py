@@ -19,6 +19,7 @@ from interventions.program import (
     TABLE_HEADER,
     Channel,
     Gate,
+    GateKind,
     LayerProgram,
     Op,
     OpKind,
@@ -26,6 +27,8 @@ from interventions.program import (
     UnitKind,
     parse_feature_key,
 )
+from interventions.rules.code import RuleProgram
+from interventions.rules.machine import Bits, Floats, proposition_scores
 from interventions.selectors import Selector
 from sae_weights.input_norm import INPUT_NORMS, normalise
 from sae_weights.sae import SAE
@@ -91,7 +94,7 @@ class GateFacts:
 
     Attributes:
         open_from: first position at which it was open, None for never.
-        statistic: the largest so far; 0 for triggers.
+        statistic: the largest so far; 0 for triggers and rules.
     """
 
     open_from: int | None
@@ -104,11 +107,20 @@ def listen(
     row_of: Callable[[str], Row],
     members: Callable[[str], Tensor] | None,
     prompt_len: int,
+    active: Bits | None = None,
 ) -> tuple[Tensor, tuple[GateFacts, ...]]:
-    """Where the gates of a layer are open: bool ``[n_gates, n]`` for h ``[n, d]`` (a request's tokens from position 0 on)."""
+    """Where the gates of a layer are open: bool ``[n_gates, n]`` for h ``[n, d]`` (a request's tokens from position 0 on).
+
+    ``active [n, actions]`` says where the actions of the program's rules are; for gates that follow them.
+    """
     opened = torch.zeros(len(layer.gates), len(h), dtype=torch.bool)
     facts = []
     for i, gate in enumerate(layer.gates):
+        if gate.kind is GateKind.RULE:
+            assert active is not None, "a gate that follows a rule needs to know where its action is active"
+            opened[i] = torch.from_numpy(active[:, gate.action])
+            facts.append(GateFacts(int(active[:, gate.action].argmax()) if opened[i].any() else None, 0.0))
+            continue
         bits = hits(h.float(), gate, row_of, members).cpu().numpy()
         if gate.over_sequence:
             where, statistic, _ = gates.advance(gate.rule, gates.START, bits, prompt_len)
@@ -125,6 +137,36 @@ def hits(h: Tensor, gate: Gate, row_of: Callable[[str], Row], members: Callable[
     for key in gate.evidence:
         found |= _latent(h, gate.read, key, row_of(key), members)[0] != 0
     return found
+
+
+def proposition_activations(
+    h: Tensor,
+    layer: int,
+    rules: RuleProgram,
+    row_of: Callable[[str], Row],
+    members: Callable[[str], Tensor] | None,
+) -> list[Floats]:
+    """What the propositions of a layer look at: for each the activations ``[n, features]`` on the pre-edit h ``[n, d]``."""
+    found = []
+    for proposition in rules.propositions:
+        if proposition.layer == layer:
+            read = ReadKind.MEMBER if proposition.whole else ReadKind.LATENT
+            columns = [_latent(h.float(), read, key, row_of(key), members)[0] for key in proposition.features]
+            found.append(torch.stack(columns, dim=1).cpu().numpy())
+    return found
+
+
+def score_rules(
+    h: Tensor,
+    layer: int,
+    rules: RuleProgram,
+    row_of: Callable[[str], Row],
+    members: Callable[[str], Tensor] | None = None,
+) -> Floats:
+    """Scores of a layer's propositions on the pre-edit h ``[n, d]``: float32 ``[n, propositions]``, NaN for other layers'."""
+    if not any(one.layer == layer for one in rules.propositions):
+        return np.full((len(h), len(rules.propositions)), np.nan, np.float32)
+    return proposition_scores(rules, layer, proposition_activations(h, layer, rules, row_of, members))
 
 
 def edit_layer(

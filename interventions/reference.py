@@ -8,12 +8,24 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from interventions.errors import InterventionError
-from interventions.oracle import GateFacts, LayerResult, edit_layer, listen, read_latents, row_source, select
+from interventions.oracle import (
+    GateFacts,
+    LayerResult,
+    edit_layer,
+    listen,
+    read_latents,
+    row_source,
+    score_rules,
+    select,
+)
 from interventions.program import LayerProgram, Payload, Read
+from interventions.rules.machine import Machine, RuleTrace, decided
 from sae_weights.sae import SAE
 
 Reading = tuple[int, list[tuple[int, float]]]
@@ -39,12 +51,14 @@ class Forward:
         layers: layer → what the program did there, for the t tokens.
         gates: layer → what its gates did, in the program's order.
         readings: per inspection of the payload, the readings of the tokens that it selects.
+        rules: what the program's rules did; ``None`` where it has none.
     """
 
     logits: Tensor
     layers: Mapping[int, LayerResult]
     readings: list[list[Reading]]
     gates: Mapping[int, tuple[GateFacts, ...]] = field(default_factory=dict)
+    rules: RuleTrace | None = None
 
     def stats(self, intervention: int, layer: int) -> Stats:
         """Receipt numbers of intervention ``intervention`` (its index in the request) at ``layer``."""
@@ -63,14 +77,17 @@ class Generated:
     """A greedy completion.
 
     Attributes:
-        token_ids: the sampled tokens.
+        token_ids: the sampled tokens; of a refused one, those before the refusal.
         logprobs: log-probabilities of all next tokens at each step, fp32 ``[len(token_ids), vocab]``.
         forward: the last pass, over the prompt and every token that was fed (all but the last sampled one).
+        refused: action and position of the first token at which a refusing action of the rules was active: tokens from
+            that position on are withheld, all of them where it is in the prompt.
     """
 
     token_ids: list[int]
     logprobs: Tensor
     forward: Forward
+    refused: tuple[int, int] | None = None
 
 
 @dataclass
@@ -85,6 +102,8 @@ class _Pass:
     layers: dict[int, LayerResult] = field(default_factory=dict)
     readings: dict[int, list[Reading]] = field(default_factory=dict)
     gates: dict[int, tuple[GateFacts, ...]] = field(default_factory=dict)
+    machine: Machine | None = None
+    scores: npt.NDArray[np.float32] | None = None
 
 
 class ReferenceExecutor:
@@ -117,10 +136,15 @@ class ReferenceExecutor:
         positions = torch.arange(len(ids))
         selectors = () if payload.program is None else payload.program.selectors
         state = _Pass(payload, select(selectors, positions, ids, prompt_len), positions, ids, prompt_len)
+        if payload.program is not None and payload.program.rules is not None:
+            state.machine = Machine(payload.program.rules, prompt_len)
+            state.machine.begin(len(ids))
+            state.scores = np.full(state.machine.held.shape, np.nan, np.float32)
         with self._hooked(state):
             output = self.model(input_ids=ids[None].to(self.model.device), use_cache=False)
         readings = [state.readings[i] for i in range(len(payload.reads))]
-        return Forward(output.logits[0].float().cpu(), state.layers, readings, state.gates)
+        rules = None if state.machine is None else state.machine.trace(state.scores)
+        return Forward(output.logits[0].float().cpu(), state.layers, readings, state.gates, rules)
 
     def generate(
         self,
@@ -129,10 +153,19 @@ class ReferenceExecutor:
         max_tokens: int = 16,
         stop_token_ids: Sequence[int] = (),
     ) -> Generated:
-        """Greedy decoding: up to ``max_tokens`` (at least 1) tokens, ending after one of ``stop_token_ids``."""
-        ids, steps = list(prompt), []
+        """Greedy decoding: up to ``max_tokens`` (at least 1) tokens, ending after one of ``stop_token_ids``.
+
+        A refusing rule ends it where it fires.
+        """
+        ids, steps = list(prompt), list[Tensor]()
+        rules = None if payload is None or payload.program is None else payload.program.rules
         while True:
             result = self.forward(ids, len(prompt), payload)
+            refused = None if rules is None or result.rules is None else result.rules.refusal(rules)
+            if refused is not None:
+                kept = max(0, refused[1] - len(prompt))
+                logprobs = torch.stack(steps[:kept]) if kept else result.logits.new_zeros(0, result.logits.shape[1])
+                return Generated(ids[len(prompt) :][:kept], logprobs, result, refused)
             steps.append(result.logits[-1].log_softmax(dim=-1))
             ids.append(int(result.logits[-1].argmax()))
             if len(ids) - len(prompt) >= max_tokens or ids[-1] in stop_token_ids:
@@ -142,7 +175,8 @@ class ReferenceExecutor:
     def _hooked(self, state: _Pass) -> Iterator[None]:
         program = state.payload.program
         edits = {} if program is None else {layer.layer: layer for layer in program.layers}
-        touched = sorted(set(edits) | {read.layer for read in state.payload.reads})
+        ruled = () if program is None or program.rules is None else program.rules.layers
+        touched = sorted({*edits, *ruled, *(read.layer for read in state.payload.reads)})
         handles = []
         try:
             for layer in touched:
@@ -157,6 +191,8 @@ class ReferenceExecutor:
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             before = output[0] if isinstance(output, tuple) else output
             h = before[0].cpu()
+            if state.machine is not None:
+                self._judge(state, layer, h)
             after = h if edit is None else self._edit(state, edit, h)
             for i, read in enumerate(state.payload.reads):
                 if read.layer == layer:
@@ -166,12 +202,27 @@ class ReferenceExecutor:
 
         return hook
 
+    def _judge(self, state: _Pass, layer: int, h: Tensor) -> None:
+        """The rules of one layer, on its pre-edit h."""
+        program = state.payload.program
+        assert program is not None
+        assert program.rules is not None
+        assert state.machine is not None
+        assert state.scores is not None
+        rows = cache(row_source(program.vectors, self.saes))
+        members = cache(lambda digest: self.saes[digest].encode(h.float()))
+        scores = score_rules(h.float(), layer, program.rules, rows, members)
+        own = ~np.isnan(scores)
+        state.scores[own] = scores[own]
+        state.machine.stage(layer, decided(program.rules, scores))
+
     def _edit(self, state: _Pass, edit: LayerProgram, h: Tensor) -> Tensor:
         program = state.payload.program
         assert program is not None
         rows = cache(row_source(program.vectors, self.saes))
         members = cache(lambda digest: self.saes[digest].encode(h.float()))
-        opened, state.gates[edit.layer] = listen(h.float(), edit, rows, members, state.prompt_len)
+        active = None if state.machine is None else state.machine.active
+        opened, state.gates[edit.layer] = listen(h.float(), edit, rows, members, state.prompt_len, active)
         result = edit_layer(
             h.float(),
             edit,

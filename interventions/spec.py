@@ -26,6 +26,7 @@ from interventions.fields import (
 )
 from interventions.items import Common, Item, first_fault, join
 from interventions.remap_spec import Remap
+from interventions.rules_spec import Rules
 from interventions.suppress_spec import InlineConcept, Suppress
 from interventions.wording import choices, nearest, printable, show
 
@@ -38,6 +39,7 @@ __all__ = [
     "Intervention",
     "InterventionSpec",
     "Remap",
+    "Rules",
     "Steer",
     "Suppress",
     "join",
@@ -48,8 +50,6 @@ __all__ = [
 
 MODES = ("add", "normalized", "project_out", "cap")
 OPS = ("set", "scale", "add", "clamp", "ablate")
-NOT_BUILT = ("rules",)
-"""Types of the HTTP contract that this version refuses by name."""
 
 
 class Steer(Common):
@@ -206,7 +206,7 @@ class Inspect(Item):
         return self
 
 
-Intervention = Steer | EditFeatures | Suppress | Remap
+Intervention = Steer | EditFeatures | Suppress | Remap | Rules
 InterventionSpec = Annotated[Intervention, Field(discriminator="type")]
 """The union as a field type, for a model that embeds it."""
 
@@ -215,6 +215,7 @@ BUILT: dict[str, type[Intervention]] = {
     "edit_features": EditFeatures,
     "suppress": Suppress,
     "remap": Remap,
+    "rules": Rules,
 }
 """Type name → model, for every intervention of this version."""
 
@@ -244,8 +245,8 @@ def parse_interventions(raw: Any) -> list[Intervention]:
     """Read the request's ``interventions`` field (parsed JSON); ``None`` and ``[]`` are no interventions.
 
     Raises:
-        InterventionError: ``invalid_intervention``, ``param`` naming the field; also for types and fields of the
-            contract that this version does not have.
+        InterventionError: ``invalid_intervention``, ``param`` naming the field; also for unknown types and
+            fields. Rule sets and ``when`` are read later, when the server is known.
     """
     if raw is None:
         return []
@@ -273,13 +274,8 @@ def _intervention(data: Any, i: int) -> Intervention:
         raise _interventions.error(f"is required; one of {built}", f"{param}.type")
     if not isinstance(kind, str):
         raise _interventions.error(f"expected one of {built}, got {show(kind)}", f"{param}.type")
-    if kind in NOT_BUILT:
-        raise _interventions.error(f"{kind!r} is not built in this version, which has {built}", f"{param}.type")
     if kind not in BUILT:
         raise _interventions.error(f"{show(kind)} is not one of {built}.{nearest(kind, BUILT)}", f"{param}.type")
-    if data.get("when") is not None:
-        message = "gating by rules is not built in this version; leave the field out, or select with tokens"
-        raise _interventions.error(message, f"{param}.when")
     fields = {"id": str(i)} | {key: value for key, value in data.items() if value is not None}
     spec: Intervention = _interventions.read(BUILT[kind], fields, param)
     spec._param = param

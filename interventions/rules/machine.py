@@ -74,6 +74,14 @@ def holds(code: PropositionCode, score: Floats) -> Bits:
     return score > limit if code.strict else score >= limit
 
 
+def decided(program: RuleProgram, score: Floats) -> Bits:
+    """Where each proposition's score ``[n, propositions]`` says that it holds: bool ``[n, propositions]``."""
+    found = np.zeros(score.shape, bool)
+    for i, code in enumerate(program.propositions):
+        found[:, i] = holds(code, score[:, i])
+    return found
+
+
 @dataclass
 class _Memory:
     """What one memory keeps."""

@@ -16,6 +16,8 @@ from interventions.concepts.concept import Concept
 from interventions.errors import InterventionError
 from interventions.limits import Limits
 from interventions.maps.map import LatentMap
+from interventions.rules.build import Context, Dictionary
+from interventions.rules.proposition import Proposition
 from interventions.spec import parse_inspect, parse_interventions
 from sae_weights.sae import SAE, Hook
 from tests.concepts.samples import made_concept
@@ -84,6 +86,9 @@ class Server:
     concepts: dict[str, tuple[str, Concept]] = field(default_factory=dict)
     """Name → the SAE that it was fitted on, and the concept."""
     maps: dict[str, LatentMap] = field(default_factory=dict)
+    rulesets: dict[str, Any] = field(default_factory=dict)
+    propositions: dict[str, Proposition] = field(default_factory=dict)
+    """The library's, by name."""
 
     def sae(self, name: str) -> Offered:
         if name not in self.saes:
@@ -106,6 +111,15 @@ class Server:
             raise InterventionError("unknown_map", f"no map {name!r}")
         found = self.maps[name]
         return next(offered for offered in self.saes.values() if offered.sae.digest == found.sae), found
+
+    def ruleset(self, name: str) -> Any:
+        if name not in self.rulesets:
+            raise InterventionError("unknown_ruleset", f"no rule set {name!r}")
+        return self.rulesets[name]
+
+    def rule_context(self) -> Context:
+        known = {name: Dictionary(offered.layer, offered.sae.n_features) for name, offered in self.saes.items()}
+        return Context(known, self.propositions, self.limits)
 
     def encode_text(self, text: str) -> list[int]:
         ids = []

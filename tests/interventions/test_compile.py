@@ -63,11 +63,19 @@ def test_steering_adds_the_vector_as_given(compiled):
     for layer in result.program.layers:
         (added,) = layer.channels
         assert added.read is ReadKind.NONE
-        assert [(op.alpha, op.beta) for op in added.ops] == [(1.0, 1.5)]
-    values = np.array(RAMP, "<f4").tobytes()
-    added = channel(compiled, VALUES)
-    assert added.row == vector_key(values)
-    assert compiled(VALUES).program.vectors == {added.row: values}
+        assert [(op.alpha, abs(op.beta)) for op in added.ops] == [(1.0, 1.5)]
+        assert added.row == vector_key(result.program.vectors[added.row])
+    ((key, values),) = compiled(VALUES).program.vectors.items()
+    (op,) = channel(compiled, VALUES).ops
+    assert (channel(compiled, VALUES).row, key) == (key, vector_key(values))
+    assert (op.beta * np.frombuffer(values, "<f4")).tolist() == [2.0 * x for x in RAMP]
+
+
+def test_a_vector_and_its_opposite_share_a_row_so_that_they_cancel_exactly(compiled):
+    there, back = VALUES, {**VALUES, "values": [-x for x in RAMP]}
+    added = channel(compiled, there, back)
+    assert sum(op.beta for op in added.ops) == 0
+    assert channel(compiled, back) == channel(compiled, {**there, "strength": -there.get("strength", 1.0)})
 
 
 def test_a_feature_steers_along_its_decoder_row_not_normalised(compiled, saes):
@@ -82,7 +90,7 @@ def test_one_vector_serves_all_layers_or_each_has_its_own(compiled):
     assert [layer.channels[0].row for layer in shared.program.layers] == [channel(compiled, VALUES).row] * 2
     own = compiled({"type": "steer", "layers": [2, 1], "values": [RAMP, [1.0] * D]})
     rows = [np.frombuffer(own.program.vectors[layer.channels[0].row], "<f4") for layer in own.program.layers]
-    np.testing.assert_array_equal(rows, [[1.0] * D, RAMP])
+    np.testing.assert_array_equal(np.abs(rows), np.abs([[1.0] * D, RAMP]))
 
 
 @pytest.mark.parametrize("mode", ["normalized", "project_out", "cap"])

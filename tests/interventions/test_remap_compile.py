@@ -74,7 +74,7 @@ def test_a_remap_is_a_name_and_a_strength():
         ({"strength": 1e39}, "strength", "finite"),
         ({"scope": "all"}, "scope", "unknown field"),
         ({"mapp": "m"}, "mapp", "Did you mean 'map'"),
-        ({"when": "x"}, "when", "not built"),
+        ({"when": ["x"]}, "when", "expected a rule expression"),
     ],
 )
 def test_what_is_wrong_is_refused_by_its_field(raw, param, says):
