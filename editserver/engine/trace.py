@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ class RuleLog:
     """The records of one request's rules.
 
     Attributes:
+        refuses: whether any action can end the request.
         refusal: the first position at which a refusing action was active, as (action, position).
     """
 
@@ -26,34 +28,46 @@ class RuleLog:
         self._counts = (len(program.propositions), len(program.conclusions), len(program.actions))
         self._bits: list[Array] = [np.zeros((0, (count + 63) // 64), np.uint64) for count in self._counts]
         self._scores: Array = np.zeros((0, self._counts[0]), np.float32)
-        self._refusing = np.flatnonzero([action.refuses for action in program.actions])
+        self._refusing = _packed([action.refuses for action in program.actions])
+        self.refuses = bool(self._refusing.any())
         self._n = 0
-
-    @property
-    def refuses(self) -> bool:
-        """Whether any action can end the request."""
-        return len(self._refusing) > 0
+        self._noted: list[tuple[RuleRecord, int, int]] = []
 
     def add(self, record: RuleRecord, start: int, n: int) -> None:
         """Note the step whose own tokens are at ``start … start + n − 1``."""
-        covered = start + n - record.first
-        self._reserve(start + n)
-        for array, data in zip(self._bits, (record.held, record.concluded, record.active), strict=True):
-            array[record.first : start + n] = np.frombuffer(data, np.uint64).reshape(covered, -1)
-        self._n = max(self._n, start + n)
-        scores = self._scores[start : start + n]
-        scores[:] = np.nan
-        if record.scores:
-            scores[self._unpacked(0, start, start + n)] = np.frombuffer(record.scores, np.float32)
+        self._noted.append((record, start, n))
         if self.refuses and self.refusal is None:
-            tokens, actions = np.nonzero(self._unpacked(2, record.first, start + n)[:, self._refusing])
-            if len(tokens):
-                self.refusal = int(self._refusing[actions[0]]), record.first + int(tokens[0])
+            words = np.frombuffer(record.active, np.uint64)
+            if (words.reshape(-1, self._bits[2].shape[1]) & self._refusing).any():
+                action, token = self._first(words)
+                self.refusal = action, record.first + token
 
     def trace(self) -> RuleTrace:
         """Everything so far; scores are NaN where nothing holds, and at positions that only a prefix cache has seen."""
-        held, concluded, active = (self._unpacked(which, 0, self._n) for which in range(3))
+        for noted in self._noted:
+            self._join(*noted)
+        self._noted.clear()
+        held, concluded, active = (
+            _unpacked(bits[: self._n], count) for bits, count in zip(self._bits, self._counts, strict=True)
+        )
         return RuleTrace(held, concluded, active, np.where(held, self._scores[: self._n], np.float32(np.nan)))
+
+    def _join(self, record: RuleRecord, start: int, n: int) -> None:
+        stop = start + n
+        self._reserve(stop)
+        for array, data in zip(self._bits, (record.held, record.concluded, record.active), strict=True):
+            array[record.first : stop] = np.frombuffer(data, np.uint64).reshape(stop - record.first, -1)
+        self._n = max(self._n, stop)
+        scores = self._scores[start:stop]
+        scores[:] = np.nan
+        if record.scores:
+            scores[_unpacked(self._bits[0][start:stop], self._counts[0])] = np.frombuffer(record.scores, np.float32)
+
+    def _first(self, words: Array) -> tuple[int, int]:
+        """The refusing action that is active first, and how many tokens after the first of ``words``."""
+        active = _unpacked(words.reshape(-1, self._bits[2].shape[1]) & self._refusing, self._counts[2])
+        token, action = np.argwhere(active)[0].tolist()
+        return action, token
 
     def _reserve(self, size: int) -> None:
         have = len(self._scores)
@@ -63,9 +77,16 @@ class RuleLog:
         self._bits = [np.pad(array, grow) for array in self._bits]
         self._scores = np.pad(self._scores, grow, constant_values=np.nan)
 
-    def _unpacked(self, which: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        words = self._bits[which][start:stop].astype("<u8", copy=False)
-        count = self._counts[which]
-        if not count:
-            return np.zeros((stop - start, 0), np.bool_)
-        return np.unpackbits(words.view(np.uint8), axis=1, count=count, bitorder="little").astype(np.bool_)
+
+def _unpacked(words: Array, count: int) -> npt.NDArray[np.bool_]:
+    """Rows of 64-bit words as ``count`` bits each, bool ``[n, count]``."""
+    if not count:
+        return np.zeros((len(words), 0), np.bool_)
+    flat = np.ascontiguousarray(words, "<u8").view(np.uint8)
+    return np.unpackbits(flat, axis=1, count=count, bitorder="little").astype(np.bool_)
+
+
+def _packed(bits: Sequence[bool]) -> Array:
+    """The opposite for one row: uint64 ``[words]``."""
+    flat = np.packbits(np.array(bits, np.bool_), bitorder="little")
+    return np.pad(flat, (0, -len(flat) % 8)).view("<u8")
