@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from editserver.cli.fit_concept_detector import show_detector
 from editserver.cli.remote import DEFAULT_URL, ApiKey, Json, Url, connected, fail, print_json, read_texts
 
 if TYPE_CHECKING:
@@ -33,7 +34,14 @@ editserver fit concept music --sae smollm2-135m/l15 --labelled examples/concepts
 editserver fit concept toxic --sae smollm2-135m/l15 --class toxic=toxic.txt --class polite=polite.txt --target toxic
 --by separability
 
-[bold]Then[/bold] {"type": "suppress", "concept": "music", "strength": 2} takes it away in any request.
+editserver fit concept bank --sae smollm2-135m/l15 --class river=river.txt --class money=money.txt --target river
+--labels word --words bank,banks
+
+[bold]Labels[/bold] say what of the target's texts is of the concept: sentence (all of their tokens), word (those of --words), or
+position: lines of a .jsonl of text and spans, {"text": "A bank by the river", "label": "river", "spans": [[2, 6]]}.
+
+[bold]Then[/bold] {"type": "suppress", "concept": "music", "strength": 2} takes it away in any request, and rules know it by name:
+{"type": "steer", "vector": "calm", "when": "prompt(music.text)"}.
 """
 
 
@@ -43,6 +51,41 @@ class ByName(StrEnum):
     difference = "difference"
     mean = "mean"
     separability = "separability"
+
+
+class LabelsName(StrEnum):
+    """What of a text is of the concept."""
+
+    sentence = "sentence"
+    word = "word"
+    position = "position"
+
+
+class PartName(StrEnum):
+    """Which tokens of a word or span are labelled."""
+
+    last = "last"
+    all = "all"
+
+
+class DetectorName(StrEnum):
+    """How rules tell that a concept is present."""
+
+    auto = "auto"
+    single = "single"
+    multi = "multi"
+    relation = "relation"
+    none = "none"
+
+
+class WeightsName(StrEnum):
+    """Weights of a sum."""
+
+    difference = "difference"
+    log_decay = "log-decay"
+
+
+_DETECTOR = "For rules"
 
 
 def concept(
@@ -79,12 +122,45 @@ def concept(
         int | None, typer.Option(metavar="N", help="Longer texts are read up to there; default 256.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of held-out texts.")] = 0,
+    labels: Annotated[
+        LabelsName, typer.Option(help="What of the target's texts is of the concept.", rich_help_panel=_DETECTOR)
+    ] = LabelsName.sentence,
+    words: Annotated[
+        str | None,
+        typer.Option(metavar="WORD,PHRASE", help="With --labels word: which ones.", rich_help_panel=_DETECTOR),
+    ] = None,
+    span_tokens: Annotated[
+        PartName | None,
+        typer.Option(
+            help="Which tokens of a word or span count; the last of a word, all of a span.", rich_help_panel=_DETECTOR
+        ),
+    ] = None,
+    detector: Annotated[
+        DetectorName,
+        typer.Option(
+            help="One latent, a weighted sum, a decision tree; auto: what does best on held-out folds.",
+            rich_help_panel=_DETECTOR,
+        ),
+    ] = DetectorName.auto,
+    detector_top: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Latents it may choose from; default 20.", rich_help_panel=_DETECTOR),
+    ] = None,
+    weights: Annotated[
+        WeightsName | None,
+        typer.Option(help="Of a sum: (difference of means)/σ², or by rank.", rich_help_panel=_DETECTOR),
+    ] = None,
+    tree_depth: Annotated[
+        int | None, typer.Option(metavar="N", help="Of a tree; default 5.", rich_help_panel=_DETECTOR)
+    ] = None,
     report: Annotated[Path | None, typer.Option(metavar="DIR", help="Write report.json and concept.png there.")] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
     """Fit a concept to labelled texts on a running server, measure what each method removes and costs, and store it.
+
+    The concept also gets a detector, by which rules name it, judged on held-out texts beside a dense probe.
 
     The server reads the texts in the background, at low priority. Ctrl-C cancels the job.
     """
@@ -109,6 +185,13 @@ def concept(
             seed=seed,
             strengths=wanted,
             tokens_per_text=tokens_per_text,
+            labels=labels.value,
+            words=[word.strip() for word in words.split(",")] if words else None,
+            span_tokens=span_tokens.value if span_tokens else None,
+            detector=detector.value,
+            detector_top=detector_top,
+            detector_weights="log_decay" if weights is WeightsName.log_decay else "difference" if weights else None,
+            tree_depth=tree_depth,
         )
         found = _follow(job)
         model = client.capabilities().model
@@ -151,6 +234,7 @@ def _labelled(path: Path) -> list[tuple[Any, str]]:
     found = []
     for number, row in enumerate(rows, 1):
         text = row.get("text", row.get("messages")) if isinstance(row, Mapping) else None
+        places = {key: row[key] for key in ("spans", "positions") if row.get(key)} if text else {}
         label = row.get("label") if isinstance(row, Mapping) else None
         if (
             not isinstance(text, (str, list))
@@ -159,7 +243,8 @@ def _labelled(path: Path) -> list[tuple[Any, str]]:
             or not isinstance(label, (str, int))
         ):
             fail(f"--labelled {path}, row {number}: expected text (or messages) and label")
-        found.append((text, str(label)))
+        key = "text" if isinstance(text, str) else "messages"
+        found.append(({key: text, **places} if places else text, str(label)))
     return found
 
 
@@ -216,7 +301,7 @@ def write_report(folder: Path, found: ConceptFit, title: str) -> None:
 
 def show(found: ConceptFit, folder: Path | None) -> None:
     """The report as tables."""
-    report = found.report
+    report, listing = found.report, found.concept
     console.print(_latents(found))
     dense = report["dense"]
     if dense["features"]:
@@ -225,11 +310,11 @@ def show(found: ConceptFit, folder: Path | None) -> None:
     held_out = report["held_out"]
     if held_out is not None:
         console.print(_points(report))
+    show_detector(report["detector"], listing.name)
     if report["truncated_tokens"]:
         console.print(
             f"{report['truncated_tokens']} tokens had more active latents than the server reports.", style="yellow"
         )
-    listing = found.concept
     console.print(
         f"Stored: {listing.name}, version {listing.version}, digest {listing.digest[:12]}",
         markup=False,
@@ -239,6 +324,9 @@ def show(found: ConceptFit, folder: Path | None) -> None:
         console.print(f"Report: {folder / 'report.json'}, {folder / 'concept.png'}", markup=False, highlight=False)
     console.print("In a request:", style="dim")
     typer.echo(json.dumps({"interventions": [{"type": "suppress", "concept": listing.name, "strength": 1}]}))
+    for level, words in (report["detector"] or {}).get("expressions", {}).items():
+        console.print(f"In a rule, of {'one token' if level == 'token' else 'the prompt'}:", style="dim")
+        typer.echo(words)
 
 
 def _latents(found: ConceptFit) -> Table:

@@ -11,7 +11,8 @@ _BARS = 20
 
 
 def draw_report(report: Mapping[str, Any], path: Path, title: str) -> None:
-    """Write a PNG: what each method removes against what it costs, and how far the strongest latents tell the classes apart.
+    """Write a PNG: what each method removes against what it costs, how far the strongest latents tell the classes apart, and how
+    well the detector does beside a dense probe.
 
     Args:
         report: as a fit's job returns it.
@@ -21,13 +22,18 @@ def draw_report(report: Mapping[str, Any], path: Path, title: str) -> None:
 
     held_out = report.get("held_out")
     measured = [p for p in (held_out or {}).get("points", ()) if p.get("perplexity_increase")]
-    figure = Figure(figsize=(10.4 if measured else 5.2, 4.8), dpi=100, layout="constrained")
+    detector = report.get("detector") or {}
+    detected = detector.get("cross_validated") or detector.get("held_out")
+    n = 1 + bool(measured) + bool(detected)
+    figure = Figure(figsize=(5.2 * n, 4.8), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, squeeze=False)[0] if measured else figure.subplots(1, 1, squeeze=False)[0]
+    axes = list(figure.subplots(1, n, squeeze=False)[0])
     figure.suptitle(title, fontsize=11)
     if measured:
-        _trade_off(axes[0], measured)
-    _separability(axes[-1], report["features"], float(report["layer_score"]))
+        _trade_off(axes.pop(0), measured)
+    _separability(axes.pop(0), report["features"], float(report["layer_score"]))
+    if detected:
+        _detection(axes.pop(0), detector)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
@@ -64,6 +70,30 @@ def _trade_off(axis: Any, points: Sequence[Mapping[str, Any]]) -> None:
     axis.set_xlabel("removal: drop of the target's accuracy (held out)")
     axis.set_ylabel("perplexity increase on other text, %")
     axis.legend(fontsize=8, frameon=False)
+
+
+def _detection(axis: Any, detector: Mapping[str, Any]) -> None:
+    rows = [
+        (f"{level}s\n{words}", measured)
+        for key, words in (("cross_validated", "held-out folds"), ("held_out", "held-out texts"))
+        for level, measured in (detector.get(key) or {}).items()
+    ]
+    shown = (("detector", detector["kind"], "app", 0.1), ("dense", "dense probe", "mask", -0.1))
+    for name, label, colour, shift in shown:
+        drawn = [(len(rows) - 1 - i + shift, row[name]) for i, (_, row) in enumerate(rows) if row[name]]
+        if not drawn:
+            continue
+        middle = [one["balanced_accuracy"] for _, one in drawn]
+        low = [max(0.0, one["balanced_accuracy"] - one["low"]) for _, one in drawn]
+        high = [max(0.0, one["high"] - one["balanced_accuracy"]) for _, one in drawn]
+        places = [place for place, _ in drawn]
+        axis.errorbar(middle, places, xerr=[low, high], fmt="o", color=_COLOURS[colour], capsize=3, label=label)
+    axis.axvline(0.5, color="0.6", linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(rows)), [words for words, _ in reversed(rows)], fontsize=8)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.set_xlim(0.4, 1.02)
+    axis.set_xlabel("balanced accuracy, 95 % interval")
+    axis.legend(fontsize=8, frameon=False, loc="lower left")
 
 
 def _separability(axis: Any, features: Sequence[Mapping[str, Any]], layer_score: float) -> None:

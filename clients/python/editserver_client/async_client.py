@@ -11,7 +11,7 @@ import httpx
 
 from . import calls
 from .base import DEFAULT_BASE_URL, DEFAULT_TIMEOUT, BaseClient
-from .body import InspectLike, Interventions, Messages, Prompt, Texts, chat_messages, generation
+from .body import InspectLike, Interventions, LabelledTexts, Messages, Prompt, Texts, chat_messages, generation
 from .calls import Call, Kind, T
 from .catalogue import (
     Activations,
@@ -181,7 +181,7 @@ class AsyncClient(BaseClient):
         name: str,
         *,
         sae: str,
-        concepts: Mapping[str, Texts],
+        concepts: Mapping[str, LabelledTexts],
         target: str,
         background: str | Texts | None = None,
         top: int | None = None,
@@ -194,11 +194,22 @@ class AsyncClient(BaseClient):
         seed: int | None = None,
         strengths: Sequence[float] | None = None,
         tokens_per_text: int | None = None,
+        labels: Literal["sentence", "word", "position"] | None = None,
+        words: Sequence[str] | None = None,
+        span_tokens: Literal["last", "all"] | None = None,
+        detector: Literal["auto", "single", "multi", "relation", "none"] | None = None,
+        detector_top: int | None = None,
+        detector_weights: Literal["difference", "log_decay"] | None = None,
+        tree_depth: int | None = None,
     ) -> AsyncJob[ConceptFit]:
         """Fit the class `target` of labelled texts (or chats) in the latents of `sae`, as a job: ``.wait()`` for it.
 
         The concept is stored in the library as `name`, ready for ``Suppress(name)``. `background` is ordinary text, or
         the name of one of `concepts`. Latents that fire on more than `max_rate` of it are left out, unless `keep_dense`.
+
+        Rules and `when` know the concept by its `detector`; ``report["detector"]["expressions"]`` says how to write it.
+        `labels` says what of the target's texts is of the concept: all tokens ("sentence"), those of `words`, or those at
+        places ("position"; its texts are then ``{"text": …, "spans": [[0, 5]]}``).
 
         Raises:
             BadRequest: the message names the field. RateLimited: too many jobs wait.
@@ -213,6 +224,13 @@ class AsyncClient(BaseClient):
             "seed": seed,
             "strengths": strengths,
             "tokens_per_text": tokens_per_text,
+            "labels": labels,
+            "words": words,
+            "span_tokens": span_tokens,
+            "detector": detector,
+            "detector_top": detector_top,
+            "detector_weights": detector_weights,
+            "tree_depth": tree_depth,
         }
         call = calls.fit_concept(name, sae, concepts, target, background, keep_dense, options)
         return AsyncJob(self, await self._send(call), ConceptFit)

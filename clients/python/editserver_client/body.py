@@ -17,6 +17,8 @@ Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 Texts = Sequence[str | Sequence[Mapping[str, Any]]]
 """Texts, and chats as lists of messages."""
+LabelledTexts = Sequence[str | Sequence[Mapping[str, Any]] | Mapping[str, Any]]
+"""The same, and objects of ``text`` or ``messages`` with ``spans`` (characters, from and to) or token ``positions``."""
 
 Interventions = Sequence[Intervention | Mapping[str, Any]]
 InspectLike = Inspect | Mapping[str, Any] | Sequence[Inspect | Mapping[str, Any]]
@@ -65,6 +67,15 @@ def texts(given: Texts) -> list[Any]:
     if isinstance(given, str) or any(isinstance(one, Mapping) for one in given):
         raise TypeError(f"expected a list of texts or chats, got one {'text' if isinstance(given, str) else 'chat'}")
     return [one if isinstance(one, str) else [dict(message) for message in one] for one in given]
+
+
+def labelled_texts(given: LabelledTexts) -> list[Any]:
+    """The same, with objects that label places of a text or chat among them."""
+    if isinstance(given, str):
+        raise TypeError("expected a list of texts or chats, got one text")
+    marked = [dict(one) if isinstance(one, Mapping) and {"spans", "positions"} & set(one) else None for one in given]
+    plain = iter(texts([one for one, mark in zip(given, marked, strict=True) if mark is None]))  # type: ignore[misc]
+    return [next(plain) if mark is None else mark for mark in marked]
 
 
 def generation(

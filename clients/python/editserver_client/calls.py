@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
-from .body import Messages, Texts, chat_messages, texts
+from .body import LabelledTexts, Messages, Texts, chat_messages, labelled_texts, texts
 from .catalogue import (
     Activations,
     Artifact,
@@ -150,10 +150,13 @@ def calibrate_strength(
     return Call("POST", "/v1/calibrate_strength", _read_calibration, json=body)
 
 
+_LISTS = ("strengths", "words")
+
+
 def fit_concept(
     name: str,
     sae: str,
-    concepts: Mapping[str, Texts],
+    concepts: Mapping[str, LabelledTexts],
     target: str,
     background: str | Texts | None,
     keep_dense: bool,
@@ -163,12 +166,14 @@ def fit_concept(
     if keep_dense and options.get("max_rate") is not None:
         raise TypeError("give max_rate or keep_dense, not both")
     body: dict[str, Any] = {"name": name, "sae": sae, "target": target}
-    body["concepts"] = {label: texts(given) for label, given in concepts.items()}
+    body["concepts"] = {label: labelled_texts(given) for label, given in concepts.items()}
     if background is not None:
         body["background"] = background if isinstance(background, str) else texts(background)
     for option, value in options.items():
         if value is not None:
-            body[option] = list(value) if option == "strengths" else dict(value) if option == "priors" else value
+            body[option] = list(value) if option in _LISTS else dict(value) if option == "priors" else value
+    if options.get("detector") == "none":
+        body["detector"] = None
     if keep_dense:
         body["max_rate"] = None
     return Call("POST", "/v1/concepts/fit", _read_job_id, json=body)
