@@ -11,7 +11,7 @@ from interventions.limits import Limits
 from interventions.rules.actions import action
 from interventions.rules.canonical import alternatives, canonical
 from interventions.rules.checks import check_latches, closed_conclusions, is_closed, stratify
-from interventions.rules.errors import Place, RuleError
+from interventions.rules.errors import NOWHERE, Place, RuleError
 from interventions.rules.formula import (
     PPM,
     And,
@@ -27,11 +27,13 @@ from interventions.rules.formula import (
     Xor,
     atoms,
     held_names,
+    nodes,
 )
 from interventions.rules.grammar import KEYWORDS
 from interventions.rules.proposition import Proposition
 from interventions.rules.ruleset import Rule, Ruleset
 from interventions.rules.syntax import (
+    MAX_CHARACTERS,
     Chain,
     Clause,
     Connective,
@@ -50,7 +52,7 @@ from interventions.wording import nearest, show
 MAX_ALTERNATIVES = 4
 """``seen(a or b)`` is written as ``seen(a) or seen(b)`` up to so many parts."""
 MAX_NODES = 4096
-"""Most names and operators of all bodies of a rule set, variables expanded."""
+"""Most names and operators of all bodies of a rule set, variables expanded, as written and in the normal form."""
 MAX_EVIDENCE = 256
 """Most distinct pieces of evidence over several tokens (scopes, counts, orders) of a rule set."""
 
@@ -250,7 +252,7 @@ def _nodes(expression: Expression) -> int:
 def _expanded(clauses: Sequence[Clause], taken: Collection[str], limits: Limits) -> list[Clause]:
     found: list[Clause] = []
     labels: dict[str, Place] = {}
-    nodes = 0
+    total = 0
     for number, clause in enumerate(clauses, 1):
         size = _nodes(clause.body)
         variables = [name for name, _ in clause.variables]
@@ -269,10 +271,8 @@ def _expanded(clauses: Sequence[Clause], taken: Collection[str], limits: Limits)
             found.append(replace(clause, label=label, body=body, head=head, variables=()))
             if len(found) > limits.rules:
                 raise RuleError(f"more than {limits.rules} rules", clause.place, "limit_exceeded")
-            nodes += size
-            if nodes > MAX_NODES:
-                message = f"the bodies have more than {MAX_NODES} names and operators, variables expanded"
-                raise RuleError(message, clause.place, "limit_exceeded")
+            total += size
+            _check_size(total, clause.place)
     return found
 
 
@@ -327,16 +327,30 @@ def build(
     used = {name: names.used[name] for name in sorted(names.used) if name in needed}
     strata = stratify(rules)
     check_latches(rules, actions, closed | known)
-    _check_evidence(rules)
+    _check_sizes(rules)
     ordered = tuple(sorted(rules, key=lambda rule: (len(rule.label), rule.label)))
     named = {atom.name for rule in rules for atom in atoms(rule.body) if isinstance(atom, Concluded)}
     foreign = {name: given[name] for name in sorted(named & given.keys())}
-    return Ruleset(used, ordered, actions, closed, strata, foreign)
+    found = Ruleset(used, ordered, actions, closed, strata, foreign)
+    if len(found.text) > MAX_CHARACTERS:
+        message = f"the normal form has {len(found.text)} characters; the most are {MAX_CHARACTERS}"
+        raise RuleError(message, NOWHERE, "limit_exceeded")
+    return found
 
 
-def _check_evidence(rules: Sequence[Rule]) -> None:
+def _check_size(total: int, place: Place) -> None:
+    if total > MAX_NODES:
+        message = f"the bodies have more than {MAX_NODES} names and operators, in their normal form and with variables expanded"
+        raise RuleError(message, place, "limit_exceeded")
+
+
+def _check_sizes(rules: Sequence[Rule]) -> None:
+    """The normal form keeps the limits too, so that it can be read again."""
     found: set[Atom] = set()
+    total = 0
     for rule in rules:
+        total += nodes(rule.body)
+        _check_size(total, rule.place)
         found |= {atom for atom in atoms(rule.body) if isinstance(atom, (Evidence, Ordered))}
         if len(found) > MAX_EVIDENCE:
             message = f"more than {MAX_EVIDENCE} different scopes, counts and orders"

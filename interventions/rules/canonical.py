@@ -148,9 +148,9 @@ def _tidy(formula: Formula, closed: Closed, negate: bool = False) -> Formula | b
 def _tidy_xor(formula: Xor, closed: Closed, negate: bool) -> Formula | bool:
     parts: set[Formula] = set()
     kept: list[Formula] = []
-    waiting = list(formula.parts)
+    waiting = [_tidy(part, closed) for part in formula.parts]
     while waiting:
-        tidied = _tidy(waiting.pop(), closed)
+        tidied = waiting.pop()
         if isinstance(tidied, bool):
             negate ^= tidied
             continue

@@ -149,6 +149,17 @@ def held_names(formula: Formula) -> Iterator[str]:
                 yield from held_names(part)
 
 
+def nodes(formula: Formula) -> int:
+    """How many names and operators the written formula has."""
+    if isinstance(formula, Not):
+        return 1 + nodes(formula.part)
+    if isinstance(formula, (And, Or, Xor)):
+        return 1 + sum(map(nodes, formula.parts))
+    if isinstance(formula, Evidence):
+        return 1 + nodes(formula.inner)
+    return 2 + sum(map(nodes, formula.parts)) if isinstance(formula, Ordered) else 1
+
+
 class Bits(Protocol):
     """Truth values that combine with ``&`` and ``|``: bool, an int as a bit set, a bool array."""
 
@@ -194,17 +205,13 @@ def to_text(formula: Formula, above: int = 0) -> str:
     return formula.text
 
 
-def polarities(formula: Formula) -> Iterator[tuple[Atom, bool]]:
-    """Every atom of a formula with whether it stands positive; under ``xor`` both."""
+def polarities(formula: Formula) -> tuple[tuple[Atom, bool], ...]:
+    """The distinct atoms of a formula with whether they stand positive; under ``xor`` both."""
     if isinstance(formula, Not):
-        yield from ((atom, not positive) for atom, positive in polarities(formula.part))
-    elif isinstance(formula, Xor):
-        for part in formula.parts:
-            for atom, positive in polarities(part):
-                yield atom, positive
-                yield atom, not positive
-    elif isinstance(formula, (And, Or)):
-        for part in formula.parts:
-            yield from polarities(part)
-    else:
-        yield formula, True
+        return tuple((atom, not positive) for atom, positive in polarities(formula.part))
+    if not isinstance(formula, (And, Or, Xor)):
+        return ((formula, True),)
+    found = dict.fromkeys(pair for part in formula.parts for pair in polarities(part))
+    if isinstance(formula, Xor):
+        found |= {(atom, not positive): None for atom, positive in found}
+    return tuple(found)

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from interventions.rules.errors import Place, RuleError
 from interventions.rules.proposition import Proposition
 
+MAX_CHARACTERS = 262_144
+"""Longest text of a rule set, as written and in the normal form."""
+
 MAX_DEPTH = 64
 """Deepest nesting of an expression."""
 

@@ -14,6 +14,7 @@ from interventions.rules.errors import Place, RuleError
 from interventions.rules.grammar import GRAMMAR, KEYWORDS
 from interventions.rules.proposition import MAX_TREE_DEPTH, Comparison, Leaf, Split
 from interventions.rules.syntax import (
+    MAX_CHARACTERS,
     Chain,
     Clause,
     Connective,
@@ -31,9 +32,6 @@ from interventions.rules.syntax import (
     located,
 )
 from interventions.wording import choices, nearest, show
-
-MAX_CHARACTERS = 262_144
-"""Longest rule set."""
 
 
 def _place(token: Token) -> Place:

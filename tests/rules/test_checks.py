@@ -139,3 +139,30 @@ def test_actions_are_interventions_of_their_own() -> None:
         ('do {"type": "steer", "vector": ' + "[" * 100 + "]" * 100 + "}", "nested too deep"),
     ]:
         assert word in refused(f"rule r: a -> c on c: {deed}").message
+
+
+def test_the_normal_form_keeps_the_limits_so_that_it_can_be_read_again() -> None:
+    odd = " xor ".join(f"prompt(feature(s, {i}) > 0)" for i in range(7))  # 64 conjunctions of 7 in the normal form
+    assert parse_ruleset(f"rule r0: {odd} -> c0").text.count(" and ") == 64 * 6
+    refusal = refused("".join(f"rule r{i}: {odd} -> c{i}\n" for i in range(10)))
+    assert (refusal.code, "in their normal form" in refusal.message) == ("limit_exceeded", True)
+    wide = {"sae": "s", "op": ">", "features": [{"index": i, "weight": 0.1} for i in range(256)]}
+    with pytest.raises(RuleError, match="the normal form has") as caught:
+        parse_ruleset({"propositions": {f"p{i}": wide | {"threshold": i} for i in range(64)}})
+    assert caught.value.code == "limit_exceeded"
+
+
+def test_evidence_is_limited() -> None:
+    many = " or ".join(f"at least {i} of seen(a)" for i in range(2, 259))
+    assert "different scopes" in refused(f"rule r: {many} -> c").message
+    assert parse_ruleset(f"{DECLARED}rule r: {many.rpartition(' or ')[0]} -> c")
+
+
+def test_nested_exclusive_ors_take_no_exponential_time() -> None:
+    body = "".join(f"(p{i} xor (p{i + 1} and " for i in range(30)) + "p0" + "))" * 30
+    declared = "".join(f"proposition p{i} = feature(s, {i}) > 0\n" for i in range(31))
+    assert parse_ruleset(f"{declared}rule r: {body} -> c")
+
+
+def test_a_window_is_limited() -> None:
+    assert "from 1 to 4096" in refused("rule r: last(4097, a) -> c").message

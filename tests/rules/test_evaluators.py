@@ -34,7 +34,7 @@ def rows(ruleset: Ruleset, text: Text) -> list[tuple[frozenset, frozenset, froze
     return found
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=90, deadline=None)
 @given(rulesets(), texts())
 def test_every_chunking_gives_what_token_by_token_evaluation_gives(ruleset: Ruleset, text: Text) -> None:
     readings, prompt_len, n, _ = text
@@ -76,7 +76,7 @@ def test_latching_conclusions_stay_and_proofs_rest_on_what_held(ruleset, text) -
                     assert reason.premise.position <= proof.position
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rulesets())
 def test_the_normal_form_reads_back_as_itself_in_both_forms(ruleset) -> None:
     for again in (parse_ruleset(ruleset.text), parse_ruleset(ruleset.as_json())):

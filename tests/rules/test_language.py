@@ -149,6 +149,14 @@ PLAIN = {"sae": "s", "op": ">", "threshold": 1, "features": [{"index": 1}]}
         ({"propositions": {"a": PLAIN | {"tree": 1}}}, "rules.propositions.a"),
         ({"actions": [{"on": "c", "flag": True, "log": True}]}, "rules.actions[0]"),
         ({"actions": [{"on": "c", "flag": True}]}, "rules.actions[0]"),
+        ({"rules": [{"if": {"and": ["feature(s, 1) > 0", "a"]}, "then": "c"}]}, "rules.rules[0].if.and[1]"),
+        (
+            {
+                "rules": [{"if": PLAIN, "then": "c"}],
+                "actions": [{"on": "c", "do": {"type": "edit_features", "sae": "s", "features": [{"index": 1}]}}],
+            },
+            "rules.actions[0].do.features[0].op",
+        ),
     ],
 )
 def test_an_error_in_json_has_a_path(raw: object, param: str) -> None:
