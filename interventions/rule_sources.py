@@ -8,6 +8,7 @@ from typing import Any
 
 from interventions.errors import InterventionError
 from interventions.resolve import Resolver, placed
+from interventions.rule_cache import RulesetCache
 from interventions.rules.build import Context
 from interventions.rules.checks import check_latches
 from interventions.rules.errors import Place, RuleError
@@ -58,6 +59,9 @@ def read_sources(interventions: Sequence[Intervention], resolver: Resolver) -> S
     return _Reader(interventions, resolver).read()
 
 
+_cache = RulesetCache()
+
+
 class _Reader:
     def __init__(self, interventions: Sequence[Intervention], resolver: Resolver) -> None:
         self.catalogue = resolver.catalogue
@@ -65,7 +69,7 @@ class _Reader:
         self.specs = interventions
         self.ruled = {i: spec for i, spec in enumerate(interventions) if isinstance(spec, Rules)}
         self.raw = {i: self._raw(spec) for i, spec in self.ruled.items()}
-        self.plain = {i: parse_ruleset(self.raw[i], self.context, spec.source) for i, spec in self.ruled.items()}
+        self.plain = {i: _cache.read(self.raw[i], self.context, spec.source) for i, spec in self.ruled.items()}
         self.found: dict[int, Source] = {}
 
     def read(self) -> Sources:

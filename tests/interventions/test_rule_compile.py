@@ -10,7 +10,9 @@ import pytest
 from interventions.compile import check_selectable
 from interventions.errors import InterventionError
 from interventions.limits import Limits
-from interventions.program import GateKind, feature_key
+from interventions.program import GateKind, Payload, feature_key
+from interventions.rule_cache import RulesetCache
+from interventions.rules.build import Context
 from interventions.rules.code import OpCode
 from interventions.rules.proposition import Proposition, Sum
 from interventions.spec import parse_interventions
@@ -65,6 +67,7 @@ def test_text_json_and_library_are_one_program_and_names_leave_no_trace(compiled
         )
     ]
     assert len({one.payload().digest for one in found}) == 1
+    assert Payload.from_bytes(found[0].payload().to_bytes()) == found[0].payload()
     assert len({one.rules.sets[0].digest for one in found}) == 2  # the rule set itself has names
     assert found[0].rules.propositions == ("weapon",)
     assert found[-1].rules.conclusions == ("d",)
@@ -335,3 +338,23 @@ def test_the_tokens_of_an_action_must_be_able_to_select(compiled):
 def test_a_stand_in_read_as_evidence_makes_the_entry_approximate(compiled):
     entries = compiled({**STEER, "when": "feature(stand-in, 3) > 1"}, FLAG).entries
     assert [entry.approximate for entry in entries] == [True, False]
+
+
+def test_a_rule_set_is_read_again_where_its_names_mean_something_else(compiled, late):
+    entry = {"type": "rules", "text": "rule r: toxic -> c on c: flag"}
+    first = compiled(entry).program.rules.propositions
+    assert compiled(entry).program.rules.propositions == first
+    late.propositions = {"toxic": Proposition("relu", Sum(((4, 1.0),)), ">=", 0.75)}
+    assert compiled(entry).program.rules.propositions != first
+    late.propositions = {}
+    with pytest.raises(InterventionError):
+        compiled(entry)
+
+
+def test_what_was_read_last_is_kept():
+    cache = RulesetCache(kept=2)
+    texts = [f"rule r: feature(relu, {i}) > 1 -> c" for i in range(3)]
+    found = [cache.read(text, Context(), "x") for text in texts]
+    assert cache.read(texts[2], Context(), "x") is found[2]
+    assert cache.read(texts[0], Context(), "x") == found[0]
+    assert cache.read(texts[0], Context(), "x") is not found[0]
