@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from editserver import __version__
-from editserver.cli import calibrate, features, fit
+from editserver.cli import calibrate, features, fit, rules
 
 app = typer.Typer(
     name="editserver",
@@ -162,6 +162,7 @@ def doctor(
 app.command(help=calibrate.HELP, epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.add_typer(features.app, name="features")
 app.add_typer(fit.app, name="fit")
+app.add_typer(rules.app, name="rules")
 
 
 def _version(show: bool) -> None:
