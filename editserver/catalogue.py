@@ -276,9 +276,8 @@ class ServedCatalogue:
                 served, concept = self.concept(listing.name)
             except InterventionError:
                 continue  # another server's, or damaged: a rule that names it is told that there is none
-            detector = getattr(concept, "detector", None)
-            if detector is not None and served.editable:
-                found |= detector.propositions(sae_id=served.id, name=listing.name)
+            if concept.detector is not None and served.editable:
+                found |= concept.detector.propositions(sae_id=served.id, name=listing.name)
         return found
 
     def dictionary_of(self, concept: Concept) -> ServedSAE:

@@ -33,6 +33,7 @@ from editserver.catalogue import build_catalogue
 from editserver.engine.config import EngineConfig
 from editserver.settings import MAX_BODY_BYTES, Settings
 from interventions.errors import InterventionError
+from interventions.rules.reading import parse_ruleset
 
 HANDSHAKE = "editserver_handshake"
 
@@ -110,6 +111,7 @@ class EditserverEndpoint:
         state.editserver = EditState(config, settings, catalogue, capacity, VLLM_VERSION, model, state)
         for source in config.saes:
             state.editserver.knowledge(source.id)  # opened now: a file that cannot be used is logged at the start
+        parse_ruleset("")  # the grammar is made ready now, not in somebody's first request
         _exchange(state, "openai_serving_chat", OpenAIServingChat, EditServingChat)
         _exchange(state, "openai_serving_completion", OpenAIServingCompletion, EditServingCompletion)
 
