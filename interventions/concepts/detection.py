@@ -7,7 +7,8 @@ Candidates are the latents with the largest difference of means between positive
 - multi: Σ w·a over the candidates. ``difference``: w = δ/σ with the effect size δ = (μ₁ − μ₀)/σ and the pooled standard deviation
   σ, so that each activation counts in units of σ and by how far it tells the classes apart. ``log_decay``, by rank i = 0 … k − 1:
   w = 1 − ln(i + 1)/ln(k + 1), once (the public code of ActivationReasoning multiplies by it twice);
-- relation: a tree over the candidates.
+- relation: a tree over the candidates and half as many latents of the largest difference the other way, so that it can say
+  "this, and not that".
 
 Everything that is fitted, the choice of candidates included, is fitted anew without the texts that it is judged by.
 """
@@ -146,13 +147,20 @@ class _Material:
         dense = speaks & (found.rate > recipe.max_rate) if recipe.max_rate is not None else np.zeros_like(speaks)
         candidates = np.flatnonzero(speaks & ~dense)
         if not len(candidates):
-            left_out = f"; {int(dense.sum())} that are are dense (max_rate {recipe.max_rate})" if dense.any() else ""
-            raise ValueError(f"no latent is more active on the labelled tokens than on others{left_out}")
+            left_out = f"; the {int(dense.sum())} dense ones that are were left out (max_rate {recipe.max_rate})"
+            raise ValueError(
+                f"no latent is more active on the labelled tokens than on others{left_out if dense.any() else ''}"
+            )
         order = np.lexsort((candidates, -found.difference[candidates]))
         self.ranked = candidates[order][: recipe.top]
+        against = found.difference < 0
+        if recipe.max_rate is not None:
+            against &= found.rate <= recipe.max_rate
+        opposed = np.flatnonzero(against) if "relation" in recipe.kinds else candidates[:0]
+        self.opposed = opposed[np.lexsort((opposed, found.difference[opposed]))][: recipe.top // 2]
         deviation = found.deviation[self.ranked]
         self._effect = found.difference[self.ranked] / np.maximum(deviation, 1e-12) ** 2
-        self._sorted = np.sort(self.ranked)
+        self._sorted = np.sort(np.concatenate([self.ranked, self.opposed]))
         self._columns = [text.columns(self._sorted) for text in texts]
         self._labels = [text.labels for text in texts]
         self._positive = np.array([text.positive for text in texts], np.bool_)
@@ -212,9 +220,9 @@ class _Material:
         return Sum(tuple(terms))
 
     def _tree(self) -> Tree:
-        columns = np.searchsorted(self._sorted, self.ranked)
-        x = np.concatenate(self._columns)[self._labelled][:, columns]
-        return grow_tree(x, self._wanted, self.ranked.tolist(), self._recipe.depth)
+        features = np.concatenate([self.ranked, self.opposed])
+        x = np.concatenate(self._columns)[self._labelled][:, np.searchsorted(self._sorted, features)]
+        return grow_tree(x, self._wanted, features.tolist(), self._recipe.depth)
 
 
 def _tried(

@@ -11,11 +11,13 @@ from safetensors.torch import load, save
 
 from interventions.concepts.concept import METHODS, Concept, build_concept
 from interventions.concepts.density import Densities
+from interventions.concepts.detector import Detector
 from interventions.concepts.gain import Range, Whole, apply
 from interventions.concepts.moments import Moments
 from interventions.concepts.posterior import posterior
 from interventions.concepts.salient import Selection, select
 from interventions.errors import InterventionError
+from interventions.rules.proposition import Sum
 from tests.concepts.samples import CLASSES, fitted, sparse_batch
 
 SAE = "ab" * 32
@@ -135,6 +137,8 @@ def test_the_digest_sees_every_field() -> None:
                 other = value + 1
             case "firing":
                 other = value - 1
+            case "detector":
+                other = Detector("single", Sum(((3, 1.0),)), 2.5)
             case _:  # the last number alone
                 other = value.clone()
                 other.view(-1)[-1] += (
@@ -258,7 +262,7 @@ def test_a_file_that_lacks_something_is_refused_by_its_name(name: str) -> None:
         (lambda: save({"features": torch.zeros(1)}, {"concept": "{"}), None),
         (lambda: save({"features": torch.zeros(1)}, {"concept": "[" * 100_000}), None),
         (lambda: save({"features": torch.zeros(1)}, {"concept": "[]"}), "format"),
-        (lambda: rewritten({"format": 2}), "format"),
+        (lambda: rewritten({"format": 3}), "format"),
         (lambda: rewritten({"colour": "red"}), "colour"),
         (lambda: rewritten({"layer": "15"}), "layer"),
         (lambda: rewritten({"classes": ["\ud800", "a"]}), "target"),
