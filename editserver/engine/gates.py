@@ -78,6 +78,11 @@ class HitMemory:
 
     _bits: dict[int, Array] = field(default_factory=dict)
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory: 8 bytes per KV slot and layer at which a gate has listened."""
+        return sum(bits.nbytes for bits in self._bits.values())
+
     def of(self, layer: int, blocks: Blocks) -> Array:
         """uint64 ``[n_slots]`` of ``layer``."""
         found = self._bits.get(layer)

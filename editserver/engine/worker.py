@@ -92,6 +92,11 @@ class EngineWorker:
         """Forget a finished or aborted request."""
         self.residents.remove(request_id)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of what gates and rules keep along with the KV cache."""
+        return self._memory.n_bytes + self._kept.n_bytes
+
     # -- one step -----------------------------------------------------------------------------------------------
 
     def begin_step(

@@ -6,6 +6,7 @@ deliberately broken, and each must fail.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -26,11 +27,17 @@ Edits = Sequence[Mapping[str, Any]]
 # -- promise 1: neighbours --------------------------------------------------------------------------------------------
 
 TOGGLED_ROW = 3
+ALWAYS = f"""
+rule: feature(standard/l0, 1) >= 0 -> always
+on always: do {json.dumps(steer(15, 11))}
+"""
+"""Rules that hold at every token but position 0."""
 TOGGLES: dict[str, dict[str, Any]] = {
     "steer": {"interventions": [steer(15, 11)]},
     "features": {"interventions": [set_features("gated/l15", {5: 30.0, 9: -20.0})]},
     "topk": {"interventions": [set_features("topk/l15", {7: 40.0})]},
     "joint": {"interventions": [set_features("polysae/l15", {7: 15.0, 8: -9.0})]},
+    "rules": {"interventions": [{"type": "rules", "text": ALWAYS}]},
     "inspect": {"inspect": {"sae": "jumprelu/l15", "top_k": 4, "features": [2]}},
 }
 """What row ``TOGGLED_ROW`` of the batch does instead of nothing."""

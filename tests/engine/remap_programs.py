@@ -45,8 +45,12 @@ def read_kind(sae: SAE, *, evidence: bool = False) -> ReadKind:
     return ReadKind.MEMBER if evidence or sae.additive else ReadKind.JOINT
 
 
+LISTENING = tuple(kind for kind in GateKind if kind is not GateKind.RULE)
+"""Gates with evidence of their own; those of rules are tested in ``test_rules_kernel``."""
+
+
 def random_gate(random: np.random.Generator, sae: SAE, kind: GateKind | None = None) -> Gate:
-    kind = GateKind(int(random.integers(len(GateKind)))) if kind is None else kind
+    kind = LISTENING[int(random.integers(len(LISTENING)))] if kind is None else kind
     latents = random.choice(N_FEATURES, int(random.integers(1, 4)), replace=False).tolist()
     evidence = tuple(sorted(feature_key(sae.digest, i) for i in latents))
     read = read_kind(sae, evidence=True)

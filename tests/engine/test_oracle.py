@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,11 +23,11 @@ from interventions.maps.map import LatentMap, Scope, SequenceGate
 from interventions.maps.transfer import Transfer, hit
 from interventions.reference import Forward, ReferenceExecutor
 from tests.concepts.samples import made_concept
-from tests.engine import oracle_cases, remap_cases, suppress_cases
+from tests.engine import oracle_cases, remap_cases, rule_cases, suppress_cases
 from tests.engine.oracle_cases import Case
 from tests.engine.support import Answer, Ask, Engine
 
-CASES = [*oracle_cases.CASES, *suppress_cases.CASES, *remap_cases.CASES]
+CASES = [*oracle_cases.CASES, *suppress_cases.CASES, *remap_cases.CASES, *rule_cases.CASES]
 TEXTS = (
     "The capital of France is Paris, and the river that runs through Paris is called the Seine. Tourists love",
     "Water boils at one hundred degrees, but on a high mountain it boils sooner because the air",
@@ -245,6 +246,26 @@ def test_the_gates_are_the_reference_executors(outcomes: dict[str, Outcome], cas
             if gate.over_sequence:
                 assert journal.gate(layer.layer, number) == (facts[number].open_from, facts[number].statistic)
                 assert (facts[number].open_from is not None) == case.changes
+
+
+@pytest.mark.parametrize("case", rule_cases.CASES, ids=[case.name for case in rule_cases.CASES])
+def test_the_rules_are_the_reference_executors(outcomes: dict[str, Outcome], case: Case) -> None:
+    """The same propositions, conclusions and actions at every token; and those that are meant to act do, but not everywhere."""
+    outcome = outcomes[case.name]
+    assert outcome.answer.journal is not None
+    assert isinstance(outcome.expected, Forward)
+    mine, theirs = outcome.answer.journal.rules, outcome.expected.rules
+    assert mine is not None
+    assert theirs is not None
+    assert mine.n == outcome.n_fed
+    for part in ("held", "concluded", "active"):
+        assert np.array_equal(getattr(mine, part), getattr(theirs, part)), part
+    assert np.allclose(mine.scores, theirs.scores, rtol=READING_TOLERANCE, atol=READING_TOLERANCE, equal_nan=True)
+    if case.changes:
+        assert mine.active[1:].any(axis=0).all()
+        assert not mine.active[1:].all(axis=0).any()
+    else:
+        assert not mine.active.any()
 
 
 @cases()

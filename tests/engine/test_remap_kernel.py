@@ -16,6 +16,7 @@ from interventions.program import Channel, Gate, GateKind, LayerProgram, Op, OpK
 from interventions.selectors import ALL, Selector, slice_selector
 from tests.engine.remap_programs import (
     BLOCK,
+    LISTENING,
     N_BLOCKS,
     Run,
     Server,
@@ -137,7 +138,7 @@ def test_every_unit_and_source_on_every_kind_of_dictionary(
 
 
 @pytest.mark.parametrize("name", ["jumprelu", "topk", "polysae"])
-@pytest.mark.parametrize("kind", GateKind)
+@pytest.mark.parametrize("kind", LISTENING)
 def test_every_gate_on_every_kind_of_dictionary_opens_when_the_oracles_does(name: str, kind: GateKind) -> None:
     seed = next(
         s

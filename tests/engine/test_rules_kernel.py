@@ -230,7 +230,7 @@ def text_of(rng: np.random.Generator, n: int | None = None) -> Text:
     return Text(program, int(rng.integers(1, n + 1)), streams(rng, n))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32))
 def test_rules_mean_the_same_in_any_chunks_batches_prefix_hits_and_preemptions(seed: int) -> None:
     rng = np.random.default_rng(seed)

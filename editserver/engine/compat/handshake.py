@@ -40,7 +40,13 @@ def _stats(self: Any) -> dict[str, Any]:
     from editserver.engine import op
 
     worker = op.current()
-    return {} if worker is None else {"resident": len(worker.residents.requests), "bank_bytes": worker.bank.n_bytes}
+    if worker is None:
+        return {}
+    return {
+        "resident": len(worker.residents.requests),
+        "bank_bytes": worker.bank.n_bytes,
+        "kept_bytes": worker.kept_bytes,
+    }
 
 
 def install() -> None:
