@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -24,12 +25,13 @@ from editserver.api.routes_concepts import _dictionary
 from editserver.catalogue import ServedSAE
 from editserver.cli.main import app
 from editserver_client import AsyncClient, BadRequest, Client, JobFailed, JobStatus, NotFound, Suppress
+from interventions.concepts.detector import detector_from_dict
 from interventions.errors import InterventionError
 from sae_weights.hook import Hook
 from sae_weights.sae import SAE
 
 from .conftest import D_MODEL, MODEL, Server
-from .test_contrast import FINANCE, MUSIC
+from .test_contrast import FINANCE, MUSIC, NEW_FINANCE, NEW_MUSIC
 
 pytestmark = pytest.mark.engine
 
@@ -187,6 +189,85 @@ def test_the_fitted_concept_is_in_the_library_and_takes_music_away(http: httpx.C
     assert dose[MUSIC[3]] > 2 * dose[FINANCE[3]]
 
 
+def test_the_fitted_concept_is_a_proposition_and_rules_decide_as_its_detector(http: httpx.Client, fitted: Any) -> None:
+    """Readings, detector and the rules of the engine agree: token by token, score by score, and of whole prompts."""
+    _, result = fitted
+    report = result["report"]["detector"]
+    shown = http.get("/v1/library/concepts/music").json()
+    detector = detector_from_dict(shown["body"]["detector"])
+    assert shown["detector"] == shown["body"]["detector"] | {"sae": L15, "expressions": report["expressions"]}
+    assert detector.as_dict() == report["definition"]
+    assert {one["index"] for one in report["latents"]} == set(detector.features())
+    stored = http.put("/v1/library/concepts/music-again", json=shown["body"]).json()
+    assert stored["digest"] == result["concept"]["digest"]
+    words = report["expressions"]
+    rules = f"rule: {words['token']} -> here\nrule: {words['text']} -> present\non here: flag\non present: flag"
+    reads = {"sae": L15, "features": list(detector.features())}
+    told = set()
+    for text in (*NEW_MUSIC[:3], *NEW_FINANCE[:3]):
+        body = {"model": MODEL, "prompt": text, "max_tokens": 1, "inspect": reads}
+        answer = http.post("/v1/completions", json=body | {"interventions": [{"type": "rules", "text": rules}]}).json()
+        tokens = answer["inspection"]["tokens"]
+        values = [[one["activation"] for one in token["features"]] for token in tokens]
+        order = [one["index"] for one in tokens[0]["features"]]
+        readings = dict(zip(order, np.array(values, np.float32).T, strict=True))
+        scores = detector.scores(readings)
+        (entry,) = answer["interventions"]["receipt"]
+        held = {one["name"]: one for one in entry["propositions"]}
+        expected = [tokens[i]["position"] for i in np.flatnonzero(detector.tokens(scores))]
+        found = held.get("music", {"positions": [], "scores": []})
+        assert found["positions"] == expected
+        np.testing.assert_allclose(found["scores"], scores[detector.tokens(scores)], rtol=1e-5)
+        present = any(one["conclusion"] == "present" for one in entry["fired"])
+        assert present == detector.holds(scores)
+        told.add((text in NEW_MUSIC, present))
+    assert {(True, True), (False, False)} <= told
+
+
+def test_the_report_judges_the_detector_on_held_out_texts_beside_a_dense_probe(fitted: Any) -> None:
+    _, result = fitted
+    report = result["report"]["detector"]
+    assert (report["asked"], report["labels"], report["folds"]) == ("auto", "sentence", 5)
+    assert set(report["trials"]) == {"single", "multi", "relation"}
+    chosen = report["trials"][report["kind"]]["text"]
+    assert max(chosen.values()) == max(value for one in report["trials"].values() for value in one["text"].values())
+    for key, positives, negatives in (("cross_validated", 6, 6 + 3), ("held_out", 2, 2 + 1)):
+        texts = report[key]["text"]
+        assert (texts["detector"]["positives"], texts["detector"]["negatives"]) == (positives, negatives)
+        for level in ("token", "text"):
+            for name in ("detector", "dense"):
+                one = report[key][level][name]
+                assert 0 <= one["low"] <= one["balanced_accuracy"] <= one["high"] <= 1
+                assert one["balanced_accuracy"] == pytest.approx((one["recall"] + one["specificity"]) / 2)
+    for level, told in report["against_dense"].items():
+        pair = report["held_out"][level]
+        gap = pair["dense"]["balanced_accuracy"] - pair["detector"]["balanced_accuracy"]
+        assert told["difference"] == pytest.approx(gap)
+        assert "the dense probe" in told["says"]
+    assert report["cross_validated"]["token"]["dense"]["balanced_accuracy"] > 0.6  # it reads the stream itself
+
+
+def test_words_and_places_are_labelled_and_the_rest_is_a_class_of_its_own(http: httpx.Client) -> None:
+    texts = [f"The {word} stood in the corner of the room all day." for word in ("old piano", "big piano", "piano")]
+    by_word = fit(http, name="piano", concepts={"piano": texts}, target="piano", labels="word", words=["Piano"])
+    marked = [{"text": text, "spans": [[text.index("piano"), text.index("piano") + 5]]} for text in texts]
+    places = {"piano": marked}
+    by_place = fit(http, name="there", concepts=places, target="piano", labels="position", span_tokens="last")
+    report = by_word["report"]
+    assert list(report["classes"]) == ["piano", "unlabelled"]
+    assert report["classes"]["piano"] == {"texts": 3, "held_out": 0, "tokens": 3}
+    assert report["held_out"] is None
+    assert report["features"] == by_place["report"]["features"]
+    detector = report["detector"]
+    assert detector["definition"] == by_place["report"]["detector"]["definition"]
+    assert detector["expressions"] == {"token": "piano"}  # no text without a piano was given
+    assert detector["tokens"]["labelled"] == 3
+    assert detector["cross_validated"]["token"]["detector"]["balanced_accuracy"] > 0.9
+    off = fit(http, name="plain", detector=None)
+    assert off["report"]["detector"] is None
+    assert "detector" not in http.get("/v1/library/concepts/plain").json()["body"]
+
+
 def test_equal_texts_give_an_equal_digest_and_other_settings_another(http: httpx.Client) -> None:
     base = fit(http)["concept"]
     assert fit(http)["concept"] == base  # the same version, too
@@ -294,6 +375,26 @@ BAD: list[tuple[dict[str, Any], str, str | None, str]] = [
     ({"priors": {"music": 1, "finanse": 1}}, "invalid_artifact", "priors", "Did you mean 'finance'?"),
     ({"priors": {"music": "much", "finance": 1}}, "invalid_artifact", "priors.music", "number"),
     ({"seed": -1}, "invalid_artifact", "seed", "0"),
+    ({"detector": "magic"}, "invalid_artifact", "detector", "relation"),
+    ({"detector_top": 257}, "invalid_artifact", "detector_top", "256"),
+    ({"tree_depth": 6}, "invalid_artifact", "tree_depth", "5"),
+    ({"labels": "word"}, "invalid_artifact", "words", "which ones"),
+    ({"words": ["x"]}, "invalid_artifact", "words", "labels is sentence"),
+    ({"labels": "word", "words": [" "]}, "invalid_artifact", "words[0]", "characters"),
+    ({"labels": "word", "words": ["zebra"]}, "invalid_artifact", "concepts.music[0]", "none of the words occurs"),
+    ({"labels": "position"}, "invalid_artifact", "concepts.music[0]", "spans"),
+    (
+        {"concepts": {"music": [{"text": "a b", "spans": [[0, 9]]}] * 2, "finance": FINANCE}, "labels": "position"},
+        "invalid_artifact",
+        "concepts.music[0]",
+        "not within the 3 characters",
+    ),
+    (
+        {"concepts": {"music": [{"text": "a b", "positions": [1]}] * 2, "finance": FINANCE}},
+        "invalid_artifact",
+        "concepts.music[0]",
+        "where labels is position",
+    ),
     ({"sead": 1}, "invalid_artifact", "sead", "not permitted"),
 ]
 
@@ -414,6 +515,9 @@ def test_the_command_fits_from_files_and_writes_its_report(server: Server, http:
     picture = (folder / "concept.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert str(tmp_path) not in json.dumps(http.get("/v1/library/concepts/by-command").json())
+    assert "by-command in rules: " in done.output
+    assert "dense probe" in done.output
+    assert written["detector"]["expressions"]["text"] in done.output
     as_json = CliRunner().invoke(app, [*command, "--held-out", "0", "--json"])
     assert json.loads(as_json.stdout)["report"]["held_out"] is None
 
