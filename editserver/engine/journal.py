@@ -130,7 +130,11 @@ class Journal:
     @property
     def rules(self) -> RuleTrace | None:
         """What the request's rules said, over cached positions too; None without rules. Made anew on every access."""
-        return None if self._rules is None else self._rules.trace()
+        return self.rules_from(0)
+
+    def rules_from(self, start: int) -> RuleTrace | None:
+        """The rows of :attr:`rules` for the positions from ``start`` on, in time proportional to their number."""
+        return None if self._rules is None else self._rules.trace(start)
 
     @property
     def refusal(self) -> tuple[int, int] | None:

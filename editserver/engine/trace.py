@@ -42,15 +42,19 @@ class RuleLog:
                 action, token = self._first(words)
                 self.refusal = action, record.first + token
 
-    def trace(self) -> RuleTrace:
-        """Everything so far; scores are NaN where nothing holds, and at positions that only a prefix cache has seen."""
+    def trace(self, start: int = 0) -> RuleTrace:
+        """The positions from ``start`` on, as far as they are known, in time proportional to their number.
+
+        Scores are NaN where nothing holds, and at positions that only a prefix cache has seen.
+        """
         for noted in self._noted:
             self._join(*noted)
         self._noted.clear()
+        here = slice(start, self._n)
         held, concluded, active = (
-            _unpacked(bits[: self._n], count) for bits, count in zip(self._bits, self._counts, strict=True)
+            _unpacked(bits[here], count) for bits, count in zip(self._bits, self._counts, strict=True)
         )
-        return RuleTrace(held, concluded, active, np.where(held, self._scores[: self._n], np.float32(np.nan)))
+        return RuleTrace(held, concluded, active, np.where(held, self._scores[here], np.float32(np.nan)))
 
     def _join(self, record: RuleRecord, start: int, n: int) -> None:
         stop = start + n

@@ -174,6 +174,9 @@ class Server:
         assert trace is not None
         for part in ("held", "concluded", "active"):
             assert np.array_equal(getattr(trace, part), getattr(wanted, part)), f"{name}: {part}"
+        later = journal.rules_from(n // 2)
+        assert later is not None
+        assert np.array_equal(later.active, trace.active[n // 2 :])
         cached = journal.computed_from
         assert np.array_equal(trace.scores[cached:], wanted.scores[cached:], equal_nan=True)
         assert np.isnan(trace.scores[:cached]).all()
