@@ -11,7 +11,7 @@ from editserver import metrics
 from editserver.api.readings import inspection, reading
 from editserver.api.receipts import build_receipt
 from editserver.api.refusal import refuse_whole
-from editserver.api.rule_report import RuleReport, disagreement
+from editserver.api.rule_report import RuleReport, Trace, disagreement
 from editserver.api.state import EditState
 from editserver.engine.journal import Journal
 from editserver.engine.wire import KEY
@@ -83,6 +83,12 @@ class Choice:
 def failed(message: str) -> InterventionError:
     """``intervention_failed``: found out too late to refuse, so the request fails rather than pass unedited."""
     return InterventionError("intervention_failed", f"{message}; the request was stopped", None)
+
+
+def _trace(journal: Journal) -> Trace:
+    trace = journal.rules
+    assert trace is not None
+    return trace
 
 
 @dataclass
@@ -223,14 +229,19 @@ class Edit:
                 strict=True,
             )
         ]
+        rows = None if choice.report is None else choice.journal.rules_from(start)
+        if choice.report is not None and rows is not None:
+            for token in (token for tokens in found for token in tokens):
+                token["rules"] = choice.report.at(rows, token["position"] - start)
         return inspection(self.compiled, found, self.inspect_as_list) if any(found) else None
 
     def new_events(self, choice: Choice, *, tell: bool = True) -> list[dict[str, Any]]:
         """What the rules of ``choice`` did since the last call; logged and counted, whether it is told or not."""
-        trace = None if choice.report is None or choice.journal is None else choice.journal.rules
-        if choice.report is None or trace is None:
+        report, journal = choice.report, choice.journal
+        rows = None if report is None or journal is None else journal.rules_from(report.looks_back_to)
+        if report is None or journal is None or rows is None:
             return []
-        return choice.report.advance(trace, choice.fed, len(choice.prompt), tell=tell)
+        return report.advance(rows, choice.fed, len(choice.prompt), lambda: _trace(journal), tell=tell)
 
     def parts(self, choice: Choice) -> dict[str, Any]:
         """What a whole (not streamed) answer carries for ``choice``: ``interventions`` and ``inspection``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -45,6 +46,13 @@ async def handle(request: Request, error: Exception) -> JSONResponse:
 def not_found(error: InterventionError) -> InterventionError:
     """The same error where the missing thing is the resource of the path."""
     return InterventionError(as_code(error.code), error.message, None, HTTPStatus.NOT_FOUND)
+
+
+def moved(error: InterventionError, message: str, param: str | None) -> InterventionError:
+    """The same error where the field at fault stands elsewhere; one in a rule's text keeps line and column."""
+    if isinstance(error, RuleError):
+        return RuleError(error.detail, replace(error.place, path=param or ""), as_code(error.code))
+    return InterventionError(as_code(error.code), message, param, error.status)
 
 
 def as_code(code: str) -> Code:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from editserver.api.body import read_json, validate
-from editserver.api.errors import as_code
+from editserver.api.errors import moved
 from editserver.api.passes import MAX_CALIBRATION_PROMPTS, Passes, Prompt, Text, render, run
 from editserver.api.state import EditState, editing
 from interventions.errors import InterventionError
@@ -272,4 +272,4 @@ def _placed(error: InterventionError) -> InterventionError:
             param = "intervention" + param.removeprefix(listed)
             break
     message = error.message.replace("interventions[0]", "intervention")
-    return InterventionError(as_code(error.code), message, param, error.status)
+    return moved(error, message, param)

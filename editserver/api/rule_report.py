@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +32,7 @@ Bits = npt.NDArray[np.bool_]
 
 
 class Trace(Protocol):
-    """The engine's record of positions 0 … n − 1 (:class:`interventions.rules.machine.RuleTrace`)."""
+    """The engine's record of n positions, from 0 unless said otherwise (:class:`interventions.rules.machine.RuleTrace`)."""
 
     @property
     def n(self) -> int:
@@ -79,31 +79,50 @@ class RuleReport:
 
     # as it happens ---------------------------------------------------------------------------------------------------
 
-    def advance(self, trace: Trace, stop: int, prompt_len: int, *, tell: bool) -> list[dict[str, Any]]:
+    @property
+    def looks_back_to(self) -> int:
+        """The first position whose row :meth:`advance` needs next."""
+        return max(self._told - 1, 0)
+
+    def advance(
+        self, rows: Trace, stop: int, prompt_len: int, whole: Callable[[], Trace], *, tell: bool
+    ) -> list[dict[str, Any]]:
         """What began at positions from where the last call stopped up to ``stop``: metrics and log lines, and events.
 
         Events are ``{"id", "rule", "conclusion", "position"}`` and ``{"id", "action", "conclusion", "position"}``, by
-        position. ``tell`` says whether anybody wants them; without, none are made.
+        position.
+
+        Args:
+            rows: the positions from :attr:`looks_back_to` on.
+            stop: how many positions count.
+            prompt_len: how many of them are prompt.
+            whole: gives all positions, to say why.
+            tell: whether anybody wants events; without, none are made.
         """
-        self._check_length(trace, stop)
-        start, self._told = self._told, max(self._told, stop)
+        first, start = self.looks_back_to, self._told
+        _check_length(rows, first, stop)
+        self._told = max(start, stop)
         if start >= stop:
             return []
+
+        def begins(where: Bits) -> list[int]:
+            return [at for at in (first + run for run in runs(where[: stop - first])) if at >= start]
+
         events: list[tuple[int, int, dict[str, Any]]] = []
         explained: dict[int, Explanation] | None = None
         for part in self.names.sets if tell else ():
             for name, number in part.conclusions.items():
-                for at in self._fresh((part.intervention, name, -1), trace.concluded[:, number], start, stop):
-                    explained = explained or self.explain(trace, stop, prompt_len)
+                for at in self._fresh((part.intervention, name, -1), begins(rows.concluded[:, number])):
+                    explained = explained or self.explain(whole(), stop, prompt_len)
                     rule = explained[part.intervention].proof(name, at).rule
                     fact = {"id": self.ids[part.intervention], "rule": rule, "conclusion": name, "position": at}
                     events.append((at, 0, fact))
         for order, action in enumerate(self.names.actions):
             if action.kind == "when":
                 continue
-            begins = _begins(trace.active[:, action.number], start, stop)
-            metrics.RULES_FIRED.labels(action.kind).inc(len(begins))
-            for at in self._fresh((action.intervention, action.conclusion, order), begins):
+            acts = begins(rows.active[:, action.number])
+            metrics.RULES_FIRED.labels(action.kind).inc(len(acts))
+            for at in self._fresh((action.intervention, action.conclusion, order), acts):
                 event = {"id": self.ids[action.intervention], "action": action.type or action.kind}
                 events.append((at, 1, event | {"conclusion": action.conclusion, "position": at}))
                 if action.kind == "log":
@@ -111,12 +130,29 @@ class RuleReport:
                     log.info(message, self.request_id, show(event["id"]), action.conclusion[:128], at)
         return [event for _, _, event in sorted(events, key=lambda found: found[:2])] if tell else []
 
-    def _fresh(self, key: tuple[int, str, int], where: Any, *span: int) -> list[int]:
+    def _fresh(self, key: tuple[int, str, int], begins: list[int]) -> list[int]:
         """The beginnings that are still to be told: the first :data:`MOST` of each conclusion and action."""
-        begins = _begins(where, *span) if span else where
         before = self._count.get(key, 0)
         self._count[key] = before + len(begins)
-        return list(begins[: max(0, MOST - before)])
+        return begins[: max(0, MOST - before)]
+
+    def at(self, trace: Trace, row: int) -> dict[str, dict[str, Any]]:
+        """What holds at one token, for its inspection: id of the rule set → propositions with their scores, conclusions.
+
+        Args:
+            trace: of any positions.
+            row: which of them.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        held, concluded = trace.held[row], trace.concluded[row]
+        for part in self.names.sets:
+            propositions = {
+                name: _known(trace.scores[row, number]) for name, number in part.propositions.items() if held[number]
+            }
+            conclusions = sorted(name for name, number in part.conclusions.items() if concluded[number])
+            if propositions or conclusions:
+                found[self.ids[part.intervention]] = {"propositions": propositions, "conclusions": conclusions}
+        return found
 
     # afterwards ------------------------------------------------------------------------------------------------------
 
@@ -126,7 +162,7 @@ class RuleReport:
         Raises:
             InterventionError: ``intervention_failed``: something else than what the engine says it concluded or did.
         """
-        self._check_length(trace, stop)
+        _check_length(trace, 0, stop)
         found: dict[int, Explanation] = {}
         premises: dict[int, dict[str, tuple[Explanation, str]]] = {}
         for part in self.names.sets:
@@ -165,10 +201,6 @@ class RuleReport:
             "actions": [acted for acted in actions if acted is not None],
         }
 
-    def _check_length(self, trace: Trace, stop: int) -> None:
-        if trace.n < stop:
-            raise disagreement(f"it ends at position {trace.n}, {stop} tokens were computed")
-
     def _compare(self, part: RuleSetPart, explanation: Explanation, trace: Trace, stop: int) -> None:
         for name, number in part.conclusions.items():
             _same(f"conclusion {show(name)}", explanation.conclusions[name], trace.concluded[:stop, number])
@@ -183,10 +215,9 @@ def opened(trace: Trace, number: int, stop: int) -> dict[str, Any]:
     return {"open_from": int(where.argmax()) if where.any() else None, "tokens": int(where.sum())}
 
 
-def _begins(where: Bits, start: int, stop: int) -> list[int]:
-    """The positions in [start, stop) at which a run of true values begins."""
-    first = max(start - 1, 0)
-    return [first + at for at in runs(where[first:stop]) if first + at >= start]
+def _check_length(trace: Trace, first: int, stop: int) -> None:
+    if first + trace.n < stop:
+        raise disagreement(f"it ends at position {first + trace.n}, {stop} tokens were computed")
 
 
 def _same(what: str, expected: Bits, found: Bits) -> None:
@@ -203,8 +234,12 @@ def _firing(explanation: Explanation, conclusion: str, position: int) -> dict[st
 
 def _reading(name: str, held: Bits, scores: npt.NDArray[np.float32]) -> dict[str, Any]:
     positions = np.flatnonzero(held)[:MOST_POSITIONS]
-    values = [float(score) if math.isfinite(score) else None for score in scores[positions]]
+    values = [_known(score) for score in scores[positions]]
     return {"name": name, "count": int(held.sum()), "positions": positions.tolist(), "scores": values}
+
+
+def _known(score: np.float32) -> float | None:
+    return float(score) if math.isfinite(score) else None
 
 
 def _acted(action: RuleAction, active: Bits) -> dict[str, Any] | None:
@@ -212,4 +247,5 @@ def _acted(action: RuleAction, active: Bits) -> dict[str, Any] | None:
     if not where.any():
         return None
     what = action.type or action.kind
-    return {"on": action.conclusion, "do": what, "position": int(where.argmax()), "tokens": int(where.sum())}
+    acted = {"on": action.conclusion, "do": what, "position": int(where.argmax()), "tokens": int(where.sum())}
+    return acted | ({"noop": True} if action.noop else {})

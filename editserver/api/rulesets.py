@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from editserver.api.errors import as_code, envelope
+from editserver.api.errors import envelope, moved
 from editserver.catalogue import ServedCatalogue
 from editserver.library import StoredRuleset, parse_ruleset_body, split_source
 from interventions.compile import compile_request
 from interventions.errors import InterventionError
-from interventions.rules.errors import RuleError
 from interventions.rules.reading import parse_ruleset
 from interventions.rules.ruleset import Ruleset
 from interventions.spec import parse_interventions
@@ -57,10 +55,8 @@ def check_ruleset(source: str | Mapping[str, Any], catalogue: ServedCatalogue) -
 def _at_top(error: InterventionError) -> InterventionError:
     """The same error where the fields of the rule set stand at top level."""
     param = re.sub(r"^interventions(\[0\]\.?)?", "", error.param or "")
-    if isinstance(error, RuleError):
-        return RuleError(error.detail, replace(error.place, path=param), as_code(error.code))
     message = error.message.removeprefix(f"{error.param}: ")
-    return InterventionError(as_code(error.code), f"{param}: {message}" if param else message, param or None)
+    return moved(error, f"{param}: {message}" if param else message, param or None)
 
 
 def normal_form(ruleset: Ruleset) -> dict[str, Any]:

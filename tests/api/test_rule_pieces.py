@@ -68,6 +68,14 @@ def told(cached: int = 0) -> tuple[RuleReport, RuleTrace]:
     return made({2, 3, 6}, {3}, {2, 3, 6}, {3, 4, 5, 6, 7}, cached)
 
 
+def advance(report: RuleReport, trace: RuleTrace, stop: int) -> list[dict[str, Any]]:
+    """The next events, given only the rows that it asks for."""
+    first = report.looks_back_to
+    parts = (trace.held, trace.concluded, trace.active, trace.scores)
+    rows = RuleTrace(*(part[first:] for part in parts))
+    return report.advance(rows, stop, PROMPT, lambda: trace, tell=True)
+
+
 def test_every_firing_is_listed_with_the_chain_of_rules_that_led_to_it() -> None:
     report, trace = told(cached=3)
     entry = report.entry(report.names.sets[0], report.explain(trace, N, PROMPT)[1], trace, N)
@@ -99,7 +107,7 @@ def test_events_are_told_once_and_in_order_however_the_tokens_come(
     report, trace = told()
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.INFO, "vllm.editserver.rules"):
-        events = [event for stop in steps for event in report.advance(trace, stop, PROMPT, tell=True)]
+        events = [event for stop in steps for event in advance(report, trace, stop)]
     assert events == [
         {"id": "guard", "rule": "hop1", "conclusion": "danger", "position": 2},
         {"id": "guard", "action": "flag", "conclusion": "danger", "position": 2},
@@ -126,7 +134,7 @@ def test_what_the_evidence_does_not_explain_fails_the_request() -> None:
     with pytest.raises(InterventionError, match="an action on 'worse' at position 3"):
         report.explain(trace, N, PROMPT)
     with pytest.raises(InterventionError, match="ends at position 8"):
-        told()[0].advance(told()[1], N + 1, PROMPT, tell=False)
+        advance(*told(), N + 1)
 
 
 def test_a_flapping_conclusion_fills_neither_receipt_nor_stream() -> None:
@@ -139,7 +147,7 @@ def test_a_flapping_conclusion_fills_neither_receipt_nor_stream() -> None:
     report = RuleReport(RuleNames((name,), ("c",), (RuleAction(0, 0, "c", "flag"),), (part,)), ["0"], "r")
     column = where[:, None]
     trace = RuleTrace(column, column, column, np.ones((n, 1), np.float32))
-    assert len([e for stop in range(n + 1) for e in report.advance(trace, stop, 4, tell=True)]) == 2 * MOST
+    assert len([e for stop in range(n + 1) for e in advance(report, trace, stop)]) == 2 * MOST
     entry = report.entry(part, report.explain(trace, n, 4)[0], trace, n)
     assert (len(entry["fired"]), entry["fired_count"]) == (MOST, 2 * MOST)
     assert entry["propositions"][0]["count"] == 2 * MOST

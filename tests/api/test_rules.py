@@ -101,6 +101,11 @@ def test_proofs_and_scores_are_those_of_inspect_and_a_flag_changes_nothing(
     (facts,) = entry["propositions"]
     assert (facts["name"], facts["count"], facts["positions"]) == ("hot", len(hot), hot)
     assert facts["scores"] == [read[position] for position in hot]
+    assert [t["position"] for t in body["inspection"]["tokens"] if t["rules"]] == [
+        p for p in read if p in hot or p >= hot[2]
+    ]
+    told = next(t["rules"]["watch"] for t in body["inspection"]["tokens"] if t["position"] == hot[2])
+    assert told == {"propositions": {"hot": read[hot[2]]}, "conclusions": ["many", "warm"]}
     edges = [position for position in hot if position - 1 not in hot]
     assert [f["position"] for f in entry["fired"] if f["conclusion"] == "warm"] == edges
     (many,) = [f for f in entry["fired"] if f["conclusion"] == "many"]

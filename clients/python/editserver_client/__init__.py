@@ -66,7 +66,7 @@ from .exceptions import (
 )
 from .features import AblateFeature, AddFeature, ClampFeature, FeatureEdit, ScaleFeature, SetFeature
 from .handles import AsyncJob, AsyncJobs, Job, Jobs
-from .inspection import FeatureReading, Inspect, Inspection, TokenReading
+from .inspection import FeatureReading, Inspect, Inspection, TokenReading, TokenRules
 from .interventions import EditFeatures, InlineConcept, Intervention, Remap, Steer, Suppress
 from .jobs import ConceptFit, JobStatus, Progress
 from .receipts import Application, GateFacts, Receipt, ReceiptEntry, RuleReceipt
@@ -174,6 +174,7 @@ __all__ = [
     "Suppress",
     "TextDelta",
     "TokenReading",
+    "TokenRules",
     "TokenSet",
     "TokenWeight",
     "Tokenization",

@@ -46,8 +46,19 @@ class FeatureReading(BaseModel):
     label: str | None = None
 
 
+class TokenRules(BaseModel):
+    """What held at one token in one rule set: propositions with their scores (None: not known), and conclusions."""
+
+    model_config = ANSWER
+    propositions: dict[str, float | None]
+    conclusions: list[str]
+
+
 class TokenReading(BaseModel):
-    """What the SAE saw at one absolute position; `phase` is ``"prompt"`` or ``"generated"``."""
+    """What the SAE saw at one absolute position; `phase` is ``"prompt"`` or ``"generated"``.
+
+    `rules` comes with a request that has rules: what held here, by id of the rule set.
+    """
 
     model_config = ANSWER
     position: int
@@ -55,6 +66,7 @@ class TokenReading(BaseModel):
     token_id: int
     phase: str
     features: list[FeatureReading]
+    rules: dict[str, TokenRules] | None = None
 
     def activation(self, index: int) -> float | None:
         """The activation of feature `index` here, None when it was not reported."""
