@@ -74,10 +74,11 @@ class Rules(Common):
 
     @model_validator(mode="after")
     def _no_selector(self) -> Self:
-        hint = "position 0 is never evidence; put it" if self.include_bos else "rules look at every token; put it"
-        for field, other in (("tokens", self.tokens != ALL_TOKENS), ("include_bos", self.include_bos)):
-            if other:
-                raise fault(f"does not go with rules: {hint} into the intervention of an action", field)
+        where = "put it into the intervention of an action"
+        if self.tokens != ALL_TOKENS:
+            raise fault(f"does not go with rules, which look at every token; {where}", "tokens")
+        if self.include_bos:
+            raise fault(f"does not go with rules, for which position 0 is never evidence; {where}", "include_bos")
         return self
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from interventions.rules.machine import Machine, RuleTrace, scores
 from interventions.rules.reading import parse_ruleset, parse_when
 from interventions.rules.reference import evaluate
 from interventions.rules.ruleset import Ruleset
-from tests.rules.random_rulesets import DECLARED, expressions, rulesets, texts
+from tests.rules.random_rulesets import DECLARED, READS, expressions, rulesets, texts
 
 LAYERS = {"s": 3, "z": 1}
 
@@ -156,6 +157,18 @@ def test_names_labels_and_order_leave_no_trace_in_a_program(ruleset, random) -> 
         assemble([Part(again)], triggers(0, again), dictionary).program
         == assemble([Part(ruleset)], triggers(0, ruleset), dictionary).program
     )
+
+
+@pytest.mark.parametrize("prompt_len", [1, 2, 9])
+def test_a_share_of_no_tokens_is_none(prompt_len) -> None:
+    ruleset = parse_ruleset(DECLARED + "rule r: at least 1 % of prompt(a) -> c rule s: at least 1 % of seen(a) -> d")
+    found = assemble([Part(ruleset)], [], dictionary)
+    readings = {read: np.zeros(4, np.float32) for read in READS}
+    readings["s", 0][2] = 1
+    trace = in_chunks(found, held(found, readings), prompt_len, [1, 3])
+    agree(found, trace, 0, ruleset, evaluate(ruleset, readings, prompt_len, 4), [])
+    assert trace.concluded[:, found.conclusions[0]["d"]].tolist() == [False, False, True, True]
+    assert not trace.concluded[:, found.conclusions[0]["c"]].any()
 
 
 def test_what_two_rule_sets_share_is_in_the_program_once() -> None:
