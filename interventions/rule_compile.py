@@ -131,22 +131,25 @@ class RuleCompiler:
     # the program -----------------------------------------------------------------------------------------------------
 
     def assembled(self) -> RuleParts:
-        """All that is left, numbered.
+        """All that is left, numbered; what gates a no-op is checked like the rest.
 
         Raises:
             InterventionError: ``rule_layer_order``, ``limit_exceeded``.
         """
-        sets = {i: source for i, source in self.sources.sets.items() if source.ruleset.rules}
+        found = self._assembled(self.uses)
         left = [use for use in self.uses if not (use.noop and use.action.kind == "when")]
+        return found if len(left) == len(self.uses) else self._assembled(left)
+
+    def _assembled(self, left: list[Use]) -> RuleParts:
+        sets = {i: source for i, source in self.sources.sets.items() if source.ruleset.rules}
         gated = [use.action.intervention for use in left if use.action.kind == "when"]
         whens = {i: self.sources.whens[i] for i in gated}
         sources = sets | whens
         if not sources:
             return RuleParts()
         limits = self.resolver.catalogue.limits
-        n_rules = sum(len(one.ruleset.rules) for one in sets.values()) + len(
-            {one.ruleset.text for one in whens.values()}
-        )
+        distinct = {one.ruleset.text for one in whens.values()}
+        n_rules = sum(len(one.ruleset.rules) for one in sets.values()) + len(distinct)
         check_limit("rules", n_rules, limits.rules, "interventions")
         at = {i: p for p, i in enumerate(sources)}
         parts = [

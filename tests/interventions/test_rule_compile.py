@@ -272,6 +272,7 @@ def test_an_effect_never_comes_before_its_evidence(refused, compiled, late):
     assert (error.code, error.param) == ("rule_layer_order", "interventions[0].text")
     assert "line 3" in error.message
     assert compiled({**STEER, "when": "toxic"}).program
+    assert refused({**early, "strength": 0, "when": "toxic"}).code == "rule_layer_order"  # what does nothing is checked
     # through another rule set's conclusion too
     error = refused({**early, "when": "danger"}, dict(RULES, rules=[{"if": "toxic", "then": "danger"}]))
     assert (error.code, error.param) == ("rule_layer_order", "interventions[0].when")
