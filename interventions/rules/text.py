@@ -313,15 +313,24 @@ _SHOWN = {
 }  # fmt: skip
 
 
+_MEANT = {
+    "&": "and", "∧": "and", "|": "or", "∨": "or", "!": "not", "¬": "not", "~": "not", "^": "xor", "⊕": "xor",
+    "→": "->", "⇒": "->", "'": '"', "“": '"', "”": '"', ";": "nothing: statements need no end",
+}  # fmt: skip
+
+
 def _word(terminal: str) -> str:
     return _SHOWN.get(terminal, terminal.lower())
 
 
 def _syntax(error: UnexpectedInput, text: str, path: str) -> RuleError:
     expected: set[str] = set()
+    hint = ""
     if isinstance(error, UnexpectedCharacters):
         expected = set(error.allowed or ())
-        got = show(text[error.pos_in_stream or 0])
+        letter = text[error.pos_in_stream or 0]
+        got = show(letter)
+        hint = f" Write {_MEANT[letter]}." if letter in _MEANT else ""
     elif isinstance(error, UnexpectedToken):
         expected = set(error.accepts or error.expected or ())
         got = "the end" if error.token.type == "$END" else show(str(error.token))
@@ -333,7 +342,6 @@ def _syntax(error: UnexpectedInput, text: str, path: str) -> RuleError:
         lines = text.split("\n")
         place = Place(len(lines), len(lines[-1]) + 1, path)
     words = sorted(map(_word, expected))
-    hint = ""
     if isinstance(error, UnexpectedToken) and error.token.type == "NAME":
         hint = nearest(str(error.token), [word for word in words if word in KEYWORDS])
     if isinstance(error, UnexpectedToken) and str(error.token) == "->" and not hint:

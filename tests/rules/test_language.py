@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from interventions.rules.errors import RuleError
 from interventions.rules.proposition import Proposition
@@ -100,6 +104,8 @@ def test_expressions_in_json_may_be_text() -> None:
         ("rule r: a\n  adn b -> c", 2, 3, "Did you mean 'and'?"),
         ("rule r: a -> b -> c", 1, 16, "in parentheses"),
         ("rule r: a $ b -> c", 1, 11, "got '$'"),
+        ("rule r: a & b -> c", 1, 11, "Write and."),
+        ("rule r: ¬a -> c", 1, 9, "Write not."),
         ("rule r: a and", 1, 14, "got the end"),
         ("rule r: (a and b -> c", 1, 22, "got the end"),
         ("rule r: at least 0 of seen(a) -> b", 1, 18, "from 1 to"),
@@ -163,6 +169,65 @@ def test_an_error_in_json_has_a_path(raw: object, param: str) -> None:
     with pytest.raises(RuleError) as caught:
         parse_ruleset(raw, param="rules")
     assert caught.value.param == param, caught.value.message
+
+
+PIECES = 'rule r: a and not -> c ( ) seen prompt last 2 % of feature > tree if 1 then else on c: do { } "x" "type" : flag'.split()
+PIECES += [
+    "at least",
+    "(s, 1)",
+    "refuse",
+    '"\\u12"',
+    "for",
+    "X",
+    "in",
+    ",",
+    "latch",
+    "before",
+    "-1e99",
+    "\x00",
+    "\ud800",
+    "é",
+    "#",
+    "\n",
+]
+KEYS = "if then and or not seen last tokens at_least of sae op tree on features index weight threshold for label latch do".split()
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(PIECES), st.just("a and b")),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([*KEYS, "\ud800"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.one_of(
+        st.lists(st.sampled_from(PIECES), max_size=25).map(" ".join),
+        st.tuples(st.integers(0, len(TEXT)), st.integers(0, 9), st.sampled_from(PIECES)).map(
+            lambda cut: TEXT[: cut[0]] + cut[2] + TEXT[cut[0] + cut[1] :]
+        ),
+        st.builds(
+            lambda key, at, value: mutated(key, at, value), st.sampled_from(list(JSON)), st.integers(0, 4), VALUES
+        ),
+    )
+)
+def test_whatever_comes_in_a_rule_set_or_a_rule_error_comes_out(raw: object) -> None:
+    try:
+        ruleset = parse_ruleset(raw)
+    except RuleError as error:
+        error.message.encode()
+        return
+    for again in (parse_ruleset(ruleset.text), parse_ruleset(json.loads(json.dumps(ruleset.as_json())))):
+        assert (again, again.digest) == (ruleset, ruleset.digest)
+
+
+def mutated(key: str, at: int, value: object) -> dict:
+    """The JSON above with something else in one of its places."""
+    part = JSON[key]
+    if isinstance(part, list):
+        return JSON | {key: [value if i == at else item for i, item in enumerate(part)]}
+    return JSON | {key: dict(part) | {list(part)[at % len(part)]: value}}
 
 
 def test_deep_json_is_refused() -> None:
