@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -171,26 +172,16 @@ def test_an_error_in_json_has_a_path(raw: object, param: str) -> None:
     assert caught.value.param == param, caught.value.message
 
 
-PIECES = 'rule r: a and not -> c ( ) seen prompt last 2 % of feature > tree if 1 then else on c: do { } "x" "type" : flag'.split()
-PIECES += [
+PIECES = re.findall(
+    r"\S+", 'rule r: a and not -> c ( ) seen prompt last 2 % of feature > tree if 1 then else on c: do { } "x" : flag'
+)
+PIECES += re.findall(r"\S+", '(s,1) refuse "\\u12" for X in , latch before -1e99 \x00 \ud800 é # "type"') + [
     "at least",
-    "(s, 1)",
-    "refuse",
-    '"\\u12"',
-    "for",
-    "X",
-    "in",
-    ",",
-    "latch",
-    "before",
-    "-1e99",
-    "\x00",
-    "\ud800",
-    "é",
-    "#",
     "\n",
 ]
-KEYS = "if then and or not seen last tokens at_least of sae op tree on features index weight threshold for label latch do".split()
+KEYS = re.findall(
+    r"\w+", "if then and or not seen last tokens at_least of sae op tree on features index weight for label latch do"
+)
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(PIECES), st.just("a and b")),
     lambda inner: st.one_of(
