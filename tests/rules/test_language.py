@@ -175,10 +175,7 @@ def test_an_error_in_json_has_a_path(raw: object, param: str) -> None:
 PIECES = re.findall(
     r"\S+", 'rule r: a and not -> c ( ) seen prompt last 2 % of feature > tree if 1 then else on c: do { } "x" : flag'
 )
-PIECES += re.findall(r"\S+", '(s,1) refuse "\\u12" for X in , latch before -1e99 \x00 \ud800 é # "type"') + [
-    "at least",
-    "\n",
-]
+PIECES += re.findall(r"\S+", '(s,1) refuse "\\u12" for X in , latch before -1e99 \x00 \ud800 é # "type" at least')
 KEYS = re.findall(
     r"\w+", "if then and or not seen last tokens at_least of sae op tree on features index weight for label latch do"
 )
