@@ -244,7 +244,7 @@ def test_latents_given_inline_are_suppressed(chat: Post, sae: str) -> None:
         ({"concept": {"sae": RELU, "features": [3, 999]}}, "unknown_feature", "concept.features[1]"),
         ({"concept": {"sae": "nope", "features": [3]}}, "unknown_sae", "concept.sae"),
         ({"concept": {"sae": RELU, "features": [3]}, "strength": -1}, "invalid_intervention", "strength"),
-        ({"concept": {"sae": RELU, "features": [3]}, "when": "x"}, "invalid_intervention", "when"),
+        ({"concept": {"sae": RELU, "features": [3]}, "when": "x"}, "unknown_concept", "when"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_its_field(chat: Post, fields: Any, code: str, param: str) -> None:
