@@ -169,7 +169,7 @@ def expression(raw: Any, place: Place, depth: int = 0) -> Expression:
     if head == "sae":
         return _proposition(raw, place)
     if head in ("at_least", "at_least_percent"):
-        return _counted(_object(raw, place, (head, "of"), ("of",)), head, place, depth)
+        return _counted(_object(raw, place, (head, "of"), (head, "of")), head, place, depth)
     fields = _object(raw, place, (head, "tokens") if head == "last" else (head,))
     if head not in fields:
         raise RuleError("is required", at)

@@ -225,6 +225,12 @@ def broken(**change):
         ({"type": "rules", "ruleset": "nope"}, "unknown_ruleset", ".ruleset", "nope"),
         (broken(rules=[{"if": {"and": ["weapon"]}, "then": "x"}]), "rule_syntax", ".rules[0].if.and", "two or more"),
         (broken(rules=[{"if": "weapon and", "then": "danger"}]), "rule_syntax", ".rules[0].if", "line 1, column 11"),
+        (
+            broken(rules=[{"if": {"at_least": None, "of": {"seen": "weapon"}}, "then": "danger"}]),
+            "rule_syntax",
+            ".rules[0].if.at_least",
+            "is required",
+        ),
         ({"type": "rules", "text": "rule r: feature(relu, 3 > 1 -> c"}, "rule_syntax", ".text", "line 1, column 25"),
         ({"type": "rules", "text": "rule r: feature(nope, 3) > 1 -> c"}, "unknown_sae", ".text", "column 17"),
         ({"type": "rules", "text": "rule r: feature(relu, 40) > 1 -> c"}, "unknown_feature", ".text", "0..39"),
