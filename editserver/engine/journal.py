@@ -77,7 +77,7 @@ class Journal:
             self._dose[:, here] = np.frombuffer(record.dose, np.float32).reshape(shape)
             clamped = np.frombuffer(record.clamped, np.uint8).reshape(shape)
             self._clamped[:, here] = clamped
-            if self.error is None and (clamped == 2).any():
+            if self.error is None and b"\x02" in record.clamped:
                 layer, token = (int(i[0]) for i in np.nonzero(clamped == 2))
                 dose = float(self._dose[layer, record.start + token])
                 assert self.payload.program is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +66,12 @@ class Resident:
         """The program's selectors, then one per inspection."""
         program = self.payload.program
         return (program.selectors if program else ()) + tuple(r.selector for r in self.payload.reads)
+
+    @cached_property
+    def sequence_gates(self) -> tuple[tuple[int, int], ...]:
+        """(layer, gate number) of all that records speak of."""
+        layers = self.payload.program.layers if self.payload.program else ()
+        return tuple((lp.layer, i) for lp in layers for i, gate in enumerate(lp.gates) if gate.over_sequence)
 
     def read_bit(self, read: int) -> np.uint64:
         """The selector bit of inspection ``read``."""

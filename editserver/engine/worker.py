@@ -347,9 +347,6 @@ class EngineWorker:
     @staticmethod
     def _gates(resident: Resident) -> Iterator[tuple[int, float]]:
         """What the record says of each sequence gate."""
-        program = resident.payload.program
-        for layer in program.layers if program else ():
-            for number, gate in enumerate(layer.gates):
-                if gate.over_sequence:
-                    track = resident.tracks[layer.layer, number]
-                    yield track.open_from, track.largest
+        for place in resident.sequence_gates:
+            track = resident.tracks[place]
+            yield track.open_from, track.largest

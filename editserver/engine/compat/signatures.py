@@ -18,6 +18,8 @@ RELIED_ON: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.output_processor:OutputProcessor.add_request": ("self", "request"),
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": ("self", "engine_core_outputs"),
     "vllm.v1.engine.output_processor:RequestState._new_completion_output": ("self", "token_ids", "finish_reason"),
+    "vllm.v1.engine.detokenizer:IncrementalDetokenizer.num_output_tokens": ("self",),
+    "vllm.v1.engine:EngineCoreOutput": ("request_id", "new_token_ids", "new_logprobs"),
 }
 """Symbol → its leading parameters. The runner's are checked in the worker, where it is imported anyway."""
 
