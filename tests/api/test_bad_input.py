@@ -188,12 +188,23 @@ def test_a_bad_activations_body_is_refused_by_its_field(http: httpx.Client, body
     assert isinstance(error["code"], str)
 
 
+HOT = f"feature({RELU}, 3) > 1"
+SCALE = {"index": 1, "op": "scale", "value": 2}
+RULES: dict[str, Any] = {
+    "type": "rules",
+    "rules": [{"if": HOT, "then": "a"}],
+    "actions": [{"on": "a", "do": STEER}, {"on": "a", "refuse": "no"}],
+}
+
 NAMES = st.one_of(
     st.sampled_from(["type", "sae", "feature", "features", "values", "layer", "layers", "vector", "strength", "mode"]),
     st.sampled_from(
         ["tokens", "index", "op", "value", "min", "max", "from", "to", "id", "when", "include_bos", "top_k"]
     ),
     st.sampled_from(["after", "only_if_active", "x"]),
+    st.sampled_from(
+        ["rules", "actions", "propositions", "ruleset", "text", "if", "then", "on", "do", "refuse", "seen", "not"]
+    ),
 )
 SCALARS = st.one_of(
     st.none(),
@@ -202,6 +213,7 @@ SCALARS = st.one_of(
     st.integers(),
     st.floats(),
     st.sampled_from(["steer", "edit_features", RELU, TOPK, "add", "cap", "set", "clamp", "all", "generated", "prompt"]),
+    st.sampled_from(["rules", HOT, f"rule r: seen({HOT}) -> latch a", "a", 'rule r: x -> y\non y: refuse "no"']),
     st.text(max_size=5),
 )
 JSON_VALUES = st.recursive(
@@ -209,7 +221,7 @@ JSON_VALUES = st.recursive(
 )
 NEAR_MISSES = st.builds(
     lambda base, changes: [base | changes],
-    st.sampled_from([STEER, VALUES, EDIT | {"features": [{"index": 1, "op": "scale", "value": 2}]}]),
+    st.sampled_from([STEER, STEER | {"when": HOT}, VALUES, EDIT | {"features": [SCALE]}, RULES, {"type": "rules"}]),
     st.dictionaries(NAMES, JSON_VALUES, max_size=2),
 )
 
