@@ -20,7 +20,7 @@ TESTS := $(filter-out $(TESTS_LAST) tests/__pycache__,$(patsubst %/,%,$(wildcard
 PYTEST_ARGS ?=
 ARGS ?=
 
-.PHONY: help setup setup-oracle demo test bench reproduce-app reproduce-unlearning lint format lock clean
+.PHONY: help setup setup-oracle demo test bench reproduce-app reproduce-unlearning reproduce-rules lint format lock clean
 
 help:
 	@echo 'make setup   build .venv from the pinned CPU locks (a few minutes, once)'
@@ -29,6 +29,7 @@ help:
 	@echo 'make bench   throughput against vLLM without the plugin'
 	@echo 'make reproduce-app  what taking a concept away costs, by four methods (ARGS=--quick: 3 minutes)'
 	@echo 'make reproduce-unlearning  what is left of an entity under maps, clamps behind gates and a prompt (ARGS=--quick)'
+	@echo 'make reproduce-rules  rules over features: multi-hop questions, indirect cues, unsafe requests (ARGS=--quick)'
 	@echo 'make lint    ruff, mypy --strict, import-linter (make format rewrites)'
 	@echo 'make lock    resolve requirements/*.lock anew'
 
@@ -66,6 +67,9 @@ reproduce-app: setup
 
 reproduce-unlearning: setup
 	@$(BIN)/python -m reproduce.unlearning $(ARGS)
+
+reproduce-rules: setup
+	@$(BIN)/python -m reproduce.rules $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

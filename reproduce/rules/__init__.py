@@ -1,0 +1,1 @@
+"""Rules on the bundled model: hidden facts, indirect cues, unsafe requests."""
