@@ -98,6 +98,7 @@ def add_detector(
         },
         "cross_validated": _measured(crossed),
         "held_out": _measured(unseen),
+        "doubt": _doubt(recipe.level, unseen, "held-out texts") or _doubt(recipe.level, crossed, "held-out folds"),
         "against_dense": _against(unseen, "held-out texts") or _against(crossed, "held-out folds"),
     }
     return replace(concept, detector=detector, fitted_on=_provenance(plan, concept, report)), report
@@ -152,6 +153,17 @@ def _measured(compared: _Compared) -> dict[str, Any] | None:
         }
         for level, (mine, other) in compared.items()
     }
+
+
+def _doubt(level: Level, compared: _Compared, where: str) -> str | None:
+    """Said where the detector may be no better than chance, at the level that its labels are of."""
+    if level not in compared:
+        return None
+    found = agreement(compared[level][0], of_texts=level == "text")
+    if found.low > 0.5:
+        return None
+    figures = f"{found.balanced_accuracy:.3f} ({found.low:.3f} to {found.high:.3f}) on {where}"
+    return f"Of {level}s the detector may be no better than chance: balanced accuracy {figures}."
 
 
 def _against(compared: _Compared, where: str) -> dict[str, Any] | None:

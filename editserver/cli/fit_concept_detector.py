@@ -39,6 +39,8 @@ def show_detector(report: Mapping[str, Any] | None, name: str) -> None:
             counts = f"{one['positives']} + {one['negatives']} {level}s"
             table.add_row(words, counts, _figure(one), _figure(measured["dense"]))
     console.print(table)
+    if report["doubt"]:
+        console.print(report["doubt"], style="yellow", markup=False, highlight=False)
     for told in (report["against_dense"] or {}).values():
         style = "yellow" if told["better"] == "dense" else None
         console.print(told["says"], style=style, markup=False, highlight=False)
@@ -54,11 +56,13 @@ def _caption(report: Mapping[str, Any]) -> str:
     latents = report["latents"]
     shown = [f"{one['index']}" + (f" {one['label']}" if one["label"] else "") for one in latents[:_SHOWN]]
     more = f", {len(latents) - _SHOWN} more" if len(latents) > _SHOWN else ""
-    tried = ", ".join(f"{kind} {_best(one):.3f}" for kind, one in report["trials"].items())
+    by_text = report["labels"] == "sentence"
+    tried = ", ".join(f"{kind} {_best(one, by_text):.3f}" for kind, one in report["trials"].items())
     words = f"latents {'; '.join(shown)}{more}".replace("[", r"\[")
-    return words + (f"\non held-out folds: {tried}" if len(report["trials"]) > 1 else "")
+    level = "texts" if by_text else "tokens"
+    return words + (f"\n{level} on held-out folds: {tried}" if len(report["trials"]) > 1 else "")
 
 
-def _best(trial: Mapping[str, Any]) -> float:
-    """Of texts where they were judged, else of tokens."""
-    return float(max(trial["text"].values(), default=trial["token"]))
+def _best(trial: Mapping[str, Any], by_text: bool) -> float:
+    """Of what was labelled: texts, or tokens."""
+    return float(max(trial["text"].values()) if by_text else trial["token"])

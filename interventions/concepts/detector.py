@@ -26,7 +26,7 @@ from interventions.rules.formula import PPM, percent
 from interventions.rules.grammar import KEYWORDS, NAME
 from interventions.rules.json_form import read_json
 from interventions.rules.numbers import MAX_FEATURE, share, tree, weighted
-from interventions.rules.proposition import MAX_TREE_DEPTH, Leaf, Proposition, Readings, Split, Sum, Tree
+from interventions.rules.proposition import MAX_TREE_DEPTH, Leaf, Proposition, Readings, Split, Sum, Tree, shown
 from interventions.rules.syntax import Declaration
 from interventions.wording import choices, nearest, printable, show
 
@@ -150,7 +150,10 @@ class Detector:
         """JSON, in the words of rules: ``{"kind", "features" or "tree", "op", "threshold", "text"}``."""
         written = Proposition(_SAE, self.score, ">=", self.threshold).as_json()
         del written[_SAE]
-        return {"kind": self.kind, **written, "text": self._text()}
+        text = self._text()
+        if isinstance(self.text, Peak):
+            text = {"threshold": float(shown(self.text.threshold))}
+        return {"kind": self.kind, **written, "text": text}
 
     def _text(self) -> dict[str, float] | None:
         if isinstance(self.text, Share):
