@@ -57,6 +57,8 @@ def build_receipt(
             told = _rules(i, entry, journal, stop, computed_from)
             if part is not None and report is not None and trace is not None:
                 told |= report.entry(part, explained[i], trace, stop)
+            else:
+                told |= {"fired": [], "fired_count": 0, "propositions": [], "actions": []}
         else:
             told = _entry(i, entry, journal, fed, prompt_len, stop, computed_from)
             told |= _gate(compiled.program, entry, journal)

@@ -59,4 +59,5 @@ def without_end(event: str, refused: Any) -> str | None:
 def _says_something(choice: dict[str, Any]) -> bool:
     delta = choice.get("delta") or {}
     said = (choice.get("text"), delta.get("role"), delta.get("content"), delta.get("reasoning"))
-    return any(said) or any(choice.get(name) for name in ("logprobs", "token_ids", "prompt_token_ids"))
+    listed = (choice.get("logprobs") or {}).values()
+    return any(said) or any(listed) or any(choice.get(name) for name in ("token_ids", "prompt_token_ids"))

@@ -166,7 +166,7 @@ def event(**choice: Any) -> str:
 def test_a_refused_choice_ends_with_the_message_and_calls_no_tool() -> None:
     assert without_end(event(delta={}, finish_reason="abort", stop_reason=None), {0}) is None
     assert without_end(event(delta={"tool_calls": [{"index": 0}]}, finish_reason="tool_calls"), {0}) is None
-    assert without_end(event(text="", finish_reason="abort"), {0}) is None
+    assert without_end(event(text="", finish_reason="abort", logprobs={"tokens": []}), {0}) is None
     role = event(delta={"role": "assistant", "content": ""}, finish_reason=None)
     assert without_end(role, {0}) == role
     left = without_end(event(delta={"content": "late"}, finish_reason="stop", stop_reason=7), {0})

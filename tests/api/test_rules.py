@@ -398,6 +398,14 @@ def test_a_bad_rules_entry_is_refused_by_field(
     assert (error["code"], error["param"]) == (code, param), error
 
 
+def test_a_rule_set_without_rules_is_a_no_op(chat: Chat, seen: Seen) -> None:
+    answer = chat(interventions=[{"type": "rules", "text": f"proposition hot = {HOT}", "id": "idle"}])
+    assert text_of(answer) == seen.answer["choices"][0]["message"]["content"]
+    told = answer.json()["interventions"]
+    assert told["digest"] is None
+    assert (told["receipt"][0]["noop"], told["receipt"][0]["fired"]) == (True, [])
+
+
 def test_unknown_rule_sets_are_not_found_and_other_paths_do_not_exist(http: httpx.Client) -> None:
     answer = http.get("/v1/library/rulesets/nope")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_ruleset")
