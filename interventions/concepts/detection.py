@@ -10,6 +10,9 @@ Candidates are the latents with the largest difference of means between positive
 - relation: a tree over the candidates and half as many latents of the largest difference the other way, so that it can say
   "this, and not that".
 
+Thresholds lie above the score of a token on which none of the latents fires, so that silence is not the concept, unless silence is
+all that tells.
+
 Everything that is fitted, the choice of candidates included, is fitted anew without the texts that it is judged by.
 """
 
@@ -21,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from interventions.concepts.agreement import Outcomes
 from interventions.concepts.detector import KINDS, Detector, Kind, Peak, Share
@@ -173,7 +177,7 @@ class _Material:
         score = self._single() if kind == "single" else self._tree() if kind == "relation" else self._sum()
         draft = Detector(kind, score, 0.0)
         scores = np.concatenate(self._scores(draft))[self._labelled]
-        return replace(draft, threshold=best_cut(scores, self._wanted).threshold)
+        return replace(draft, threshold=_cut(draft, scores, self._wanted))
 
     def deciding(self, detector: Detector, decision: Decision | None) -> Detector:
         """The same with its rule for texts; without one where all texts are of one class."""
@@ -183,7 +187,7 @@ class _Material:
         try:
             if decision == "peak":
                 largest = np.array([one.max(initial=-np.inf) for one in scores], np.float32)
-                return replace(detector, text=Peak(best_cut(largest, self._positive).threshold))
+                return replace(detector, text=Peak(_cut(detector, largest, self._positive)))
             shares = np.array([detector.tokens(one).mean() if len(one) else 0.0 for one in scores])
             return replace(detector, text=Share(int(best_share(shares, self._positive).threshold)))
         except ValueError:  # all texts alike
@@ -269,6 +273,12 @@ def _any_folds(texts: Sequence[LabelledText]) -> list[Ints]:
         return []
     n = min(5, len(texts))
     return [np.arange(fold, len(texts), n) for fold in range(n)]
+
+
+def _cut(detector: Detector, scores: Floats, positive: npt.NDArray[np.bool_]) -> float:
+    """The best threshold above the score of a token on which no latent fires, if there is one above."""
+    silent = float(detector.scores({feature: np.zeros(1, np.float32) for feature in detector.features()})[0])
+    return best_cut(scores, positive, silent if bool((scores > silent).any()) else -np.inf).threshold
 
 
 def _scores(detector: Detector, text: LabelledText) -> Floats:

@@ -33,17 +33,18 @@ def midpoint(low: float, high: float) -> float:
     return middle if low < middle <= high else high
 
 
-def best_cut(scores: Floats, positive: Bools) -> Cut:
+def best_cut(scores: Floats, positive: Bools, floor: float = -np.inf) -> Cut:
     """The threshold (float32) with the largest balanced accuracy.
 
     Args:
         scores: float32 ``[n]``, finite.
         positive: bool ``[n]``.
+        floor: a score that must stay below the threshold.
 
     Raises:
-        ValueError: only positives, only negatives, or all scores equal.
+        ValueError: only positives, only negatives, or all scores (from ``floor`` on) equal.
     """
-    low, high, right = _gaps(scores.astype(np.float32).astype(np.float64), positive)
+    low, high, right = _gaps(np.maximum(scores.astype(np.float32), np.float32(floor)).astype(np.float64), positive)
     best = np.lexsort((high - low, right))[-1]
     return Cut(midpoint(float(low[best]), float(high[best])), _accuracy(right[best], positive))
 

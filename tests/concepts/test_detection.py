@@ -122,6 +122,25 @@ def test_weights_are_effect_sizes_or_log_decay_once() -> None:
     assert gaps == sorted(gaps, reverse=True)
 
 
+def test_a_token_on_which_no_latent_fires_never_counts() -> None:
+    """The other texts are full of latent 21, so that its absence alone would tell best of single tokens."""
+
+    def absent(rng: np.random.Generator, x: Tokens, here: npt.NDArray[np.bool_]) -> None:
+        x[:, 21] = np.where(~here & (rng.random(len(x)) < 0.5), 1 + rng.random(len(x)), 0)
+        x[:, 20] = np.where(here & (rng.random(len(x)) < 0.3), 3 + rng.random(len(x)), 0)
+
+    found = fit_detector(corpus(7, absent, 40), N, Recipe("relation", max_rate=0.9))
+    assert {20, 21} <= set(found.detector.features())
+    silence = made(np.zeros((20, N), np.float32), np.zeros(20, np.int8), False)
+    token, text = judge(found.detector, [silence])
+    assert token.right.tolist() == [[0, 20]]
+    assert text is not None
+    assert text.right.tolist() == [[0, 1]]
+    token, text = judge(found.detector, corpus(8, absent, 40))
+    assert text is not None
+    assert text.balanced_accuracy >= 0.9
+
+
 def test_ignored_tokens_are_no_evidence_but_are_tokens_of_their_text() -> None:
     texts = corpus(1, one_latent)
     loud = np.zeros((20, N), np.float32)
