@@ -34,8 +34,8 @@ editserver fit concept music --sae smollm2-135m/l15 --labelled examples/concepts
 editserver fit concept toxic --sae smollm2-135m/l15 --class toxic=toxic.txt --class polite=polite.txt --target toxic
 --by separability
 
-editserver fit concept bank --sae smollm2-135m/l15 --class river=river.txt --class money=money.txt --target river
---labels word --words bank,banks
+editserver fit concept riverbank --sae smollm2-135m/l15 --labelled examples/concepts/bank.jsonl --target river
+--labels word --words bank --background examples/concepts/background.txt
 
 [bold]Labels[/bold] say what of the target's texts is of the concept: sentence (all of their tokens), word (those of --words), or
 position: lines of a .jsonl of text and spans, {"text": "A bank by the river", "label": "river", "spans": [[2, 6]]}.
