@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 import numpy as np
+import openai
 import pytest
 
-from editserver_client import ActionEvent, Client, RuleError, RuleEvent, Rules, Steer, TextDelta
+from editserver_client import ActionEvent, Client, RuleError, RuleEvent, Rules, Steer, TextDelta, extra_body
 
 from .conftest import MODEL, N_FEATURES, RELU, TOPK, Server, sse
 
@@ -120,10 +121,16 @@ def test_proofs_and_scores_are_those_of_inspect_and_a_flag_changes_nothing(
         {"on": "many", "do": kind, "position": hot[2], "tokens": last - hot[2] + 1} for kind in ("flag", "log")
     ]
     assert "edited" not in entry
+    (again,) = chat(interventions=[{"type": "rules", "text": text, "id": "watch"}]).json()["interventions"]["receipt"]
+    start = again["computed_from"]  # the prefix cache has the tokens before: what held is known there, scores are not
+    assert start > hot[2]
+    assert [again["propositions"][0][name] for name in ("count", "positions")] == [len(hot), hot]
+    assert again["propositions"][0]["scores"] == [read[p] if p >= start else None for p in hot]
+    assert [(f["rule"], f["position"]) for f in again["fired"]] == [(f["rule"], f["position"]) for f in entry["fired"]]
     after = http.get("/metrics/").text
     for kind in ("flag", "log"):
         line = f'editserver_rules_fired_total{{action="{kind}"}} '
-        assert count(after, line) == count(before, line) + 1
+        assert count(after, line) == count(before, line) + 2
     assert f"concluded many at position {hot[2]}" in server.log.read_text()
 
 
@@ -226,6 +233,19 @@ def test_refused_later_the_message_is_all_of_an_answer_and_the_end_of_a_stream(c
     never = chat(interventions=[refuse(feature, 1e9)], stream=True)  # one token behind, and yet all of them
     told = [e["choices"][0]["delta"].get("content") or "" for e in sse(never)[:-1] if e["choices"]]
     assert "".join(told) == seen.answer["choices"][0]["message"]["content"]
+
+
+def test_openais_sdk_reads_a_refused_stream(server: Server, seen: Seen) -> None:
+    feature, threshold, position = seen.answer_feature()
+    ours = extra_body(interventions=[Rules(text=refuse(feature, threshold)["text"])])
+    ask: Any = [{"role": "user", "content": "Tell me about Paris."}]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-") as sdk:
+        fields: dict[str, Any] = {"model": MODEL, "messages": ask, "temperature": 0, "max_tokens": 12, "stream": True}
+        chunks = list(sdk.chat.completions.create(**fields, extra_body=ours | {"ignore_eos": True}))
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    text = "".join(choice.delta.content or "" for choice in choices)
+    assert text == "".join(seen.tokens[: position - seen.prompt_len]) + MESSAGE
+    assert choices[-1].finish_reason == "content_filter"
 
 
 @pytest.mark.parametrize("stream", [False, True])
