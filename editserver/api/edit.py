@@ -241,7 +241,8 @@ class Edit:
         rows = None if report is None or journal is None else journal.rules_from(report.looks_back_to)
         if report is None or journal is None or rows is None:
             return []
-        return report.advance(rows, choice.fed, len(choice.prompt), lambda: _trace(journal), tell=tell)
+        refused = choice.refused_at is not None
+        return report.advance(rows, choice.fed, len(choice.prompt), lambda: _trace(journal), refused=refused, tell=tell)
 
     def parts(self, choice: Choice) -> dict[str, Any]:
         """What a whole (not streamed) answer carries for ``choice``: ``interventions`` and ``inspection``."""

@@ -85,7 +85,7 @@ class RuleReport:
         return max(self._told - 1, 0)
 
     def advance(
-        self, rows: Trace, stop: int, prompt_len: int, whole: Callable[[], Trace], *, tell: bool
+        self, rows: Trace, stop: int, prompt_len: int, whole: Callable[[], Trace], *, refused: bool, tell: bool
     ) -> list[dict[str, Any]]:
         """What began at positions from where the last call stopped up to ``stop``: metrics and log lines, and events.
 
@@ -97,7 +97,11 @@ class RuleReport:
             stop: how many positions count.
             prompt_len: how many of them are prompt.
             whole: gives all positions, to say why.
+            refused: whether a rule has ended the choice.
             tell: whether anybody wants events; without, none are made.
+
+        Raises:
+            InterventionError: ``intervention_failed``: a refusal that was not carried out, or what does not add up.
         """
         first, start = self.looks_back_to, self._told
         _check_length(rows, first, stop)
@@ -121,6 +125,8 @@ class RuleReport:
             if action.kind == "when":
                 continue
             acts = begins(rows.active[:, action.number])
+            if acts and action.kind == "refuse" and not refused:
+                raise disagreement(f"a refusal at position {acts[0]} was not carried out")
             metrics.RULES_FIRED.labels(action.kind).inc(len(acts))
             for at in self._fresh((action.intervention, action.conclusion, order), acts):
                 event = {"id": self.ids[action.intervention], "action": action.type or action.kind}

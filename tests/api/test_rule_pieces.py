@@ -68,12 +68,12 @@ def told(cached: int = 0) -> tuple[RuleReport, RuleTrace]:
     return made({2, 3, 6}, {3}, {2, 3, 6}, {3, 4, 5, 6, 7}, cached)
 
 
-def advance(report: RuleReport, trace: RuleTrace, stop: int) -> list[dict[str, Any]]:
+def advance(report: RuleReport, trace: RuleTrace, stop: int, refused: bool = True) -> list[dict[str, Any]]:
     """The next events, given only the rows that it asks for."""
     first = report.looks_back_to
     parts = (trace.held, trace.concluded, trace.active, trace.scores)
     rows = RuleTrace(*(part[first:] for part in parts))
-    return report.advance(rows, stop, PROMPT, lambda: trace, tell=True)
+    return report.advance(rows, stop, PROMPT, lambda: trace, refused=refused, tell=True)
 
 
 def test_every_firing_is_listed_with_the_chain_of_rules_that_led_to_it() -> None:
@@ -135,6 +135,9 @@ def test_what_the_evidence_does_not_explain_fails_the_request() -> None:
         report.explain(trace, N, PROMPT)
     with pytest.raises(InterventionError, match="ends at position 8"):
         advance(*told(), N + 1)
+    advance(*told(), 3, refused=False)
+    with pytest.raises(InterventionError, match="a refusal at position 3 was not carried out"):
+        advance(*told(), 4, refused=False)
 
 
 def test_a_flapping_conclusion_fills_neither_receipt_nor_stream() -> None:
