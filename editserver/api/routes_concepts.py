@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from editserver import __version__
 from editserver.api.body import read_json, validate
 from editserver.api.concept_fit import fit
-from editserver.api.concept_labels import MAX_WORDS, Labelling, Marked, MarkedText, as_marked
+from editserver.api.concept_labels import MAX_WORDS, Labelling, Marked, MarkedText, TokenLabels, as_marked
 from editserver.api.concept_plan import UNLABELLED, Examples, Plan
 from editserver.api.concept_report import readout
 from editserver.api.passes import (
@@ -173,7 +175,8 @@ async def _plan(state: EditState, body: FitConceptBody) -> Plan:
     labelling = _labelling(body, classes, texts)
     _check_limits(state, body, classes, texts)
     _check_priors(body.priors, [*classes, UNLABELLED] if labelling.by_token else classes)
-    prompts, labels, tokens = [], [], []
+    prompts, labels = list[Prompt](), list[int]()
+    marked: list[Marked | None] = []
     for label, name in enumerate(classes):
         param = (
             BACKGROUND if body.background and name == BACKGROUND and name not in body.concepts else f"concepts.{name}"
@@ -182,11 +185,9 @@ async def _plan(state: EditState, body: FitConceptBody) -> Plan:
         short = [shortened(prompt, body.tokens_per_text) for prompt in rendered]
         prompts += short
         labels += [label] * len(rendered)
-        by_token = labelling.by_token and name == body.target
-        tokenizer = state.catalogue.tokenizer
-        pairs = zip(short, texts[label], strict=True)
-        tokens += [labelling.of(tokenizer, *pair) if by_token else None for pair in pairs]
+        marked += texts[label] if labelling.by_token and name == body.target else [None] * len(short)
     _check_prompts(prompts)
+    tokens = await asyncio.to_thread(_token_labels, labelling, state.catalogue.tokenizer, prompts, marked)
     examples = Examples(tuple(classes), prompts, labels, _held_out(labels, body), tokens)
     choice = Choice(body.target, background, body.by, body.top, body.max_rate, body.bins, body.priors)
     provenance = _provenance(state, body, sae, examples, texts)
@@ -197,6 +198,17 @@ async def _plan(state: EditState, body: FitConceptBody) -> Plan:
         recipe = Recipe(body.detector, level, body.detector_top, weights, depth, body.max_rate)
     reads = readout(state.catalogue, sae)
     return Plan(body.name, sae, reads, examples, choice, tuple(body.strengths), labelling, recipe, provenance)
+
+
+def _token_labels(
+    labelling: Labelling, tokenizer: Any, prompts: Sequence[Prompt], marked: Sequence[Marked | None]
+) -> list[TokenLabels | None]:
+    if not labelling.by_token:
+        return [None] * len(prompts)
+    # A fast tokenizer is one thread's; this one is the requests'.
+    own = copy.deepcopy(tokenizer)
+    pairs = zip(prompts, marked, strict=True)
+    return [None if given is None else labelling.of(own, prompt, given) for prompt, given in pairs]
 
 
 def _labelling(body: FitConceptBody, classes: Sequence[str], texts: Sequence[Sequence[Marked]]) -> Labelling:

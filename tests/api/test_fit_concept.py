@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,15 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from editserver.api.passes import MAX_FIT_CLASSES, MAX_FIT_TEXTS, MAX_FIT_TOKENS
+from editserver.api.concept_labels import Labelling, Marked
+from editserver.api.passes import MAX_FIT_CLASSES, MAX_FIT_TEXTS, MAX_FIT_TOKENS, Prompt
 from editserver.api.routes_concepts import _dictionary
 from editserver.catalogue import ServedSAE
 from editserver.cli.main import app
+from editserver.demo.model import ensure_demo_model
 from editserver_client import AsyncClient, BadRequest, Client, JobFailed, JobStatus, NotFound, Suppress
 from interventions.concepts.detector import detector_from_dict
 from interventions.errors import InterventionError
@@ -266,6 +270,39 @@ def test_words_and_places_are_labelled_and_the_rest_is_a_class_of_its_own(http: 
     off = fit(http, name="plain", detector=None)
     assert off["report"]["detector"] is None
     assert "detector" not in http.get("/v1/library/concepts/plain").json()["body"]
+
+
+def test_labels_find_words_and_spans_in_tokens() -> None:
+    """1: labelled, -1: part of a labelled word whose last token stands for it, 0: not."""
+    tokenizer = AutoTokenizer.from_pretrained(ensure_demo_model())
+
+    def labels(text: str, labelling: Labelling, most: int = 99, **places: Any) -> dict[str, int]:
+        ids = tokenizer(text)["input_ids"][:most]
+        prompt = Prompt({}, ids, "x")
+        found = labelling.of(tokenizer, prompt, Marked(text, **places))
+        assert len(found) == len(ids) - 1
+        pieces = [tokenizer.decode([one]) for one in ids[1:]]
+        return {f"{i}{piece}": int(one) for i, (piece, one) in enumerate(zip(pieces, found, strict=True)) if one}
+
+    words = Labelling("word", ("oboist", "New  York"), "last")
+    text = "Oboists meet an OBOIST and the oboist's friend, new York-born; newyork"
+    found = labels(text, words)
+    assert [text for text, one in found.items() if one == 1 and "York" in text] == ["16 York"]
+    assert sum(one == 1 for one in found.values()) == 3  # not Oboists, not newyork
+    everything = labels(text, replace(words, part="all"))
+    assert set(everything) == set(found)
+    assert set(everything.values()) == {1}
+    assert labels("Now the café is café, not cafés", Labelling("word", ("CAFÉ",)), 99)  # characters, not bytes
+    spans = Labelling("position")
+    assert labels("He plays it", spans, spans=((3, 8),)) == {"0 plays": 1}
+    assert labels("He plays it", spans, positions=(2, 77)) == {"1 it": 1}
+    for given, labelling in (
+        ("The zebra", words),
+        ("The zebra", Labelling("word", ("the",))),
+        ("He saw New York", words),
+    ):
+        with pytest.raises(InterventionError, match="none of the words occurs after the first token"):
+            labels(given, labelling, 3 if "York" in given else 99)
 
 
 def test_equal_texts_give_an_equal_digest_and_other_settings_another(http: httpx.Client) -> None:
