@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from editserver.demo.model import MODEL_NAME, DemoModelError, cache_root, ensure_demo_model
-from editserver_client import ChatResponse, Client, EditFeatures, EditserverError, Inspect
+from editserver_client import ChatResponse, Client, EditFeatures, EditserverError, Inspect, RuleReceipt
 from editserver_client.features import AddFeature, SetFeature
 from sae_weights.catalogue import BUNDLED_FOLDER
 from sae_weights.knowledge import FILE, KnowledgeStore
@@ -177,6 +177,8 @@ def _receipt(answer: ChatResponse) -> Table:
     for name in ("type", "layer", "tokens edited", "in prompt", "fired", "mean dose", "max dose"):
         table.add_column(name, justify="left" if name == "type" else "right", no_wrap=name == "type")
     for entry in answer.receipt.receipt if answer.receipt is not None else ():
+        if isinstance(entry, RuleReceipt):
+            continue  # the demo's own scenes have no rules
         numbers = (entry.layer, entry.tokens_edited, entry.prompt_tokens_edited, entry.fired)
         doses = ("" if dose is None else f"{dose:.2f}" for dose in (entry.dose_mean, entry.dose_max))
         table.add_row(entry.type, *(str(number) for number in numbers), *doses)
