@@ -14,12 +14,18 @@ import pytest
 from editserver.api.errors import envelope
 from editserver.api.refusal import refusal_choice, refuse_whole, without_end
 from editserver.api.rule_report import MOST, RuleReport, opened
+from editserver.api.rulesets import shown_normal
+from editserver.catalogue import build_catalogue, open_sae
+from editserver.engine.config import EngineConfig
 from editserver.library import RulesetLibrary, StoredRuleset, parse_ruleset_body
+from editserver.settings import Settings
 from interventions.compiled import RuleAction, RuleNames, RuleSetPart
 from interventions.errors import InterventionError
 from interventions.rules.errors import RuleError
 from interventions.rules.machine import RuleTrace
 from interventions.rules.reading import parse_ruleset
+
+from .conftest import RELU, make_probes
 
 TEXT = """
 proposition a = feature(sae/l1, 1) >= 2
@@ -227,6 +233,22 @@ def test_a_rule_set_comes_back_as_it_was_written(tmp_path: Path) -> None:
         (tmp_path / "rulesets" / "objects" / f"{form.digest}.json").write_bytes(damage)
         with pytest.raises(InterventionError, match="put it again"):
             RulesetLibrary(tmp_path).get("safety")
+
+
+def test_a_stored_rule_set_that_no_longer_fits_is_shown_with_its_problem(tmp_path: Path) -> None:
+    opened = [open_sae(f"{name}={path}") for name, path in make_probes(tmp_path / "probes").items()]
+    config = EngineConfig((15, 20), tuple(one.source() for one in opened), ())
+    shape = {"d_model": 576, "n_layers": 30, "vocab_size": 10, "tokenizer": None}
+    catalogue = build_catalogue(config, Settings(library=tmp_path), **shape)
+    assert set(catalogue.rule_context().dictionaries or ()) == {RELU}  # the TopK one cannot be read row by row
+    hot = f"feature({RELU}, 3) > 1"
+    catalogue.rulesets.put("fits", StoredRuleset(f"rule r: {hot} -> a"))
+    catalogue.rulesets.put("other", StoredRuleset(f"rule r: {hot} and gone -> a"))
+    shown = shown_normal("fits", catalogue.rulesets.get("fits"), catalogue)
+    assert shown["normal"]["rules"] == [f"rule r: {hot} -> a"]
+    shown = shown_normal("other", catalogue.rulesets.get("other"), catalogue)
+    assert shown["normal"] is None
+    assert (shown["problem"]["code"], shown["problem"]["column"]) == ("unknown_concept", len(f"rule r: {hot} and ") + 1)
 
 
 @pytest.mark.parametrize(
