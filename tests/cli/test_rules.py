@@ -161,6 +161,8 @@ def test_a_server_answers_with_its_normal_form(server: str, file: Path) -> None:
     result = check(str(file), "--server", server)
     assert result.exit_code == 0, result.output
     assert result.stdout == parse_ruleset(TEXT).text
+    for example in ("voyage.rules", "homework.rules", "consultation.rules", "topics.json"):
+        assert check(f"examples/rules/{example}", "--server", server).exit_code == 0
     json_form = check(str(file), "--json").stdout
     assert check("-", "--server", server, given=json_form).stdout == result.stdout
 

@@ -88,13 +88,13 @@ def test_an_example_parses_and_is_described(path: Path) -> None:
 
 PROMPTS = {
     "voyage.rules": {
-        "How do I fix a leak in my boat before sailing to Greece?": {"afloat", "voyage"},
+        "Tell me how a boat gets from Spain to Italy.": {"afloat", "voyage"},
         "We left the harbour and the ship sailed to Norway. I was so happy and a little afraid.": {
             "afloat",
             "voyage",
             "moved",
         },
-        "How do I fix a leak in my roof before going to Greece?": set(),
+        "How do I get from France to Italy?": set(),
         "How do I fix a leak in my boat?": {"afloat"},
     },
     "homework.rules": {"What is 12 plus 30? And 7 times 8?": {"homework"}, "What is a sum?": set()},
