@@ -47,11 +47,12 @@ def _serve(pipe: Connection, armed: bool, engine_args: dict[str, Any]) -> None:
         edited = sum(journal.stats(0, 15, 1 << 30).fired for journal in journals if journal.payload.program)
         stop = len(prompts[0]) + max_tokens
         read = sum(len(journal.readings(0, 0, stop)) for journal in journals if journal.payload.reads)
+        read += sum(len(trace.held) - 1 for journal in journals if (trace := journal.rules) is not None)
         pipe.send((seconds, edited, read))
 
 
 class EngineProcess:
-    """A vanilla or an armed engine; :meth:`run` returns (seconds, tokens edited at layer 15, tokens inspected)."""
+    """A vanilla or an armed engine; :meth:`run` returns (seconds, tokens edited at layer 15, tokens read or judged by rules)."""
 
     def __init__(self, armed: bool, **engine_args: Any) -> None:
         context = multiprocessing.get_context("spawn")

@@ -11,6 +11,10 @@ random, about half of them are active on every token: far more than of a concept
 Cases with several loads run all of them in each round, so that they compare with each other as well: dictionaries of
 4,608 and of 65,536 latents under the same edits, and what a TopK dictionary costs, whose every latent is computed for
 every edited token.
+
+Rules: each request has a rule set of its own, 8 propositions over 4 latents each at layer 15 and 16 rules on them (latches, counts,
+windows, orders, and conclusions of conclusions), with a flag on every conclusion; and the same with a conclusion, true at some
+of the tokens, that steers.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from editserver.engine.config import SAESource
+    from interventions.rules.code import RuleProgram
 
 LAYERS = (10, 15, 20)
 D_MODEL = 576
@@ -38,7 +43,7 @@ K, TOP_K, N_BINS = 64, 8, 100
 @dataclass(frozen=True)
 class Load:
     """What the requests of a case ask for: ``n_latents`` edited at ``layers`` (by a gain table each with ``app``), or an
-    inspection with ``top_k``."""
+    inspection with ``top_k``, or ``rules``: "flag" reports what they conclude, "steer" acts on it too."""
 
     name: str
     n_latents: int
@@ -46,6 +51,7 @@ class Load:
     layers: tuple[int, ...] = LAYERS
     inspect: bool = False
     app: bool = False
+    rules: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,15 @@ CASES = {
         ),
     ),
     "app": Case(16, 32, 64, (Load("16 requests, APP on a 50-latent concept each", 50, "4k", AT_15, app=True),)),
+    "rules": Case(
+        16,
+        32,
+        64,
+        (
+            Load("16 requests, 8 propositions and 16 rules each", 0, "4k", AT_15, rules="flag"),
+            Load("the same, one conclusion steers", 0, "4k", AT_15, rules="steer"),
+        ),
+    ),
     "topk": Case(
         16,
         32,
@@ -98,12 +113,53 @@ CASES = {
 }
 
 
+RULES = """
+rule r01: p0 and p1 -> c01
+rule r02: p2 or p3 and not p4 -> c02
+rule r03: p5 xor p6 -> c03
+rule r04: seen(p7) -> c04
+rule r05: p0 -> latch c05
+rule r06: last(8, p1) -> c06
+rule r07: at least 3 of seen(p2) -> c07
+rule r08: at least 40 % of seen(p3) -> c08
+rule r09: seen(p4 before p5) -> c09
+rule r10: prompt(p6) and not p7 -> c10
+rule r11: c01 or c02 -> c11
+rule r12: c11 and not c03 -> c12
+rule r13: c04 and c06 -> c13
+rule r14: c12 or c13 -> c14
+rule r15: c07 xor c08 -> c15
+rule r16: c14 and c05 or p6 -> c16
+"""
+
+
+def rule_program(sae: str, digest: str, layer: int, request: int, width: int) -> tuple[RuleProgram, int]:
+    """The rules of one request, on latents of its own, and the number of the action on the last conclusion."""
+    from interventions.rules.assemble import Dictionary, Part, Trigger, assemble
+    from interventions.rules.reading import parse_ruleset
+
+    step = width // 512
+    lines = []
+    for p in range(8):
+        first = (request * 32 + p * 4) * step
+        terms = [f"feature({sae}, {(first + i * step) % width})" for i in range(4)]
+        lines.append(f"proposition p{p} = {' - '.join(terms)} > 0")
+    heads = [f"c{number:02}" for number in range(1, 17)]
+    ruleset = parse_ruleset("\n".join(lines) + RULES + "".join(f"on {head}: flag\n" for head in heads))
+    triggers = [Trigger(0, head) for head in heads]
+    made = assemble([Part(ruleset)], triggers, lambda _: Dictionary(digest, layer, False), effects=[layer])
+    return made.program, made.actions[-1]
+
+
 def payload_maker(sources: dict[str, SAESource]) -> Callable[[Load, int], bytes | None]:
     """``make(load, request)``: the payload of a request, which edits latents of its own at every layer of the load."""
     import numpy as np
+    from msgspec.structs import replace
 
     from interventions.program import (
         Channel,
+        Gate,
+        GateKind,
         LayerProgram,
         Op,
         OpKind,
@@ -132,6 +188,14 @@ def payload_maker(sources: dict[str, SAESource]) -> Callable[[Load, int], bytes 
         if load.inspect:
             reads = tuple(Read(digest, layer, (), TOP_K, ALL) for layer, digest in digests.items())
             return Payload(None, reads, None).to_bytes()
+        if load.rules:
+            ((layer, digest),) = digests.items()
+            rules, last = rule_program(f"{load.dictionary}/l{layer}", digest, layer, request, WIDTHS[load.dictionary])
+            gate = Gate(GateKind.RULE, ReadKind.LATENT, (), action=last)
+            steer = Channel(ReadKind.LATENT, feature_key(digest, 5 * request), (replace(add, gates=(0,)),))
+            edits = (LayerProgram(layer, (steer,), (gate,)),) if load.rules == "steer" else ()
+            program = Program(edits, (ALL,) if edits else (), {}, rules=rules)
+            return Payload(program, (), program.digest()).to_bytes()
         if not load.n_latents:
             return None
         kind = ReadKind.MEMBER if load.dictionary == "topk" else ReadKind.LATENT
@@ -221,7 +285,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                             took, _, _ = vanilla.run(prompts, plain, case.max_tokens)
                         else:
                             took, edited, read = armed.run(prompts, payloads[load], case.max_tokens)
-                            expected = (due if load.n_latents else 0, due if load.inspect else 0)
+                            expected = (due if load.n_latents else 0, due if load.inspect or load.rules else 0)
+                            if load.rules == "steer":
+                                assert 0 < edited < due, f"a rule let {edited} of {due} tokens be edited"
+                                edited = 0
                             assert (edited, read) == expected, f"{edited} edited, {read} inspected; {expected} expected"
                         if round_:  # the first one warms up
                             seconds[load].append(took)

@@ -34,7 +34,7 @@ class Tally:
         asked: questions of which individual and denial were found.
         concluded: questions that were concluded as they should be.
         opposite, silent: concluded the other way round (or both); not at all.
-        steered: questions where the model says what was concluded, of those with one conclusion.
+        steered: questions with one conclusion, where the model says it.
         right: questions answered right.
     """
 
@@ -138,14 +138,22 @@ def answer_tokens(tokenizer: Any) -> dict[bool, int]:
 
 
 def measure_thoughts(runner: Runner, tokenizer: Any, questions: Sequence[Question], tokens: int) -> dict[str, Any]:
-    """Chain-of-thought prompting, greedy."""
+    """Chain-of-thought prompting, greedy; who has come to no answer is asked for it after so many ``tokens``."""
     prompts = [prompt(tokenizer, q.message("", hops.THINK)).ids for q in questions]
     texts = steer.think(runner, tokenizer, prompts, tokens)
     verdicts = [steer.verdict(text) for text in texts]
+    open_ = [i for i, found in enumerate(verdicts) if found is None]
+    asked = [(*prompts[i], *tokenizer.encode(f"{texts[i]}\nAnswer:", add_special_tokens=False)) for i in open_]
+    words = answer_tokens(tokenizer)
+    for started in runner.start(asked, (), 8):
+        for number, says in steer.said(
+            runner, started, started.last, {HOLDS: words[True], FAILS: words[False]}
+        ).items():
+            verdicts[open_[number]] = says.choice == HOLDS
     return {
         "questions": len(questions),
         "right": sum(found == q.answer for found, q in zip(verdicts, questions, strict=True)),
-        "no answer": sum(found is None for found in verdicts),
+        "asked for it": len(open_),
         "said true": sum(found is True for found in verdicts),
         "example": texts[0],
     }

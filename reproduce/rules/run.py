@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from reproduce.model import Runner
-from reproduce.rules import hops, measure_hops, measure_rail, rail, safety, steer
+from reproduce.rules import as_served, hops, measure_hops, measure_rail, rail, safety, steer
 from reproduce.rules.detectors import Detectors, fit_words
 from reproduce.rules.settings import EFFECT_LAYER, EVIDENCE_LAYER, HOPS, Sizes
 from reproduce.rules.texts import Labelled, prompt, read_all
@@ -33,6 +33,9 @@ FAMILIES: dict[rail.Hints, str] = {
 }
 """Kind of hint → whose detectors: those of colour words, or those of things."""
 VERDICTS = ("The answer is {}", "Answer: {}", "Verdict: {}", "That is {}", "The statement is {}", "Result: {}")
+
+SERVED = 4
+"""Questions of each number of hops that are also run as whole requests."""
 
 Say = Callable[[str], None]
 
@@ -68,6 +71,7 @@ class Study:
         }
         found["safety-requests"] = partial(self._safety, safety.requests, True)
         found["safety-chats"] = partial(self._safety, partial(safety.chats, self.sizes.chats), False)
+        found["as-served"] = self._as_served
         return found | {f"thoughts-{n}": partial(self._thoughts, n) for n in HOPS}
 
     def questions(self, names: str, n: int) -> list[hops.Question]:
@@ -131,6 +135,11 @@ class Study:
     def _thoughts(self, n: int, _say: Say) -> Any:
         questions = self.questions("made", n)[: self.sizes.thoughts]
         return measure_hops.measure_thoughts(*self.model, questions, self.sizes.thought_tokens)
+
+    def _as_served(self, say: Say) -> Any:
+        detectors = self.word_detectors("made", say)
+        questions = [q for n in HOPS for q in self.questions("made", n)[:SERVED]]
+        return as_served.check(*self.model, self.saes, self.ids, detectors, questions)
 
     def _rail(self, hints: rail.Hints, say: Say) -> Any:
         detectors = self.colour_detectors(FAMILIES[hints], say)

@@ -41,15 +41,15 @@ class Sizes:
     """
 
     fit: int = 60
-    fit_trains: int = 150
-    calibrate: int = 12
-    questions: int = 120
-    published_names: int = 60
-    thoughts: int = 60
-    thought_tokens: int = 96
-    trains: int = 98
-    chats: int = 200
-    chat_tokens: int = 48
+    fit_trains: int = 100
+    calibrate: int = 6
+    questions: int = 80
+    published_names: int = 40
+    thoughts: int = 16
+    thought_tokens: int = 80
+    trains: int = 56
+    chats: int = 120
+    chat_tokens: int = 40
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -25,6 +25,7 @@ def tables(results: Mapping[str, Any]) -> str:
         _answers(cells, "published"),
         _chain(cells),
         _steering(cells["steering"]),
+        _as_served(cells["as-served"]),
         _published("PrOntoQA as published, accuracy in % (other models, other questions)", HOPS_HEAD, published.HOPS),
         _rail(cells),
         _published("Rail2Country as published, accuracy in %", ["model", "mono", "meta"], published.RAIL),
@@ -46,9 +47,7 @@ def _answers(cells: Cells, names: str) -> str:
         ["plain, likelier of the two words", *_shares([one["plain"]["choice"] for one in found], total)],
     ]
     if names == "made":
-        thoughts = [cells[f"thoughts-{n}"] for n in HOPS]
-        of = [one["questions"] for one in thoughts]
-        rows.append([f"chain of thought (n = {of[0]} each)", *_shares([one["right"] for one in thoughts], of)])
+        rows.append(_thoughts([cells.get(f"thoughts-{n}") for n in HOPS]))
     for how in reversed(DETECTORS):
         label = f"rules, {DETECTORS[how]}"
         right = _shares([one["rules"][how]["right"] for one in found], total)
@@ -60,6 +59,15 @@ def _answers(cells: Cells, names: str) -> str:
     return _table(title, ["SmolLM2-135M-Instruct", *HOPS_HEAD[1:]], rows)
 
 
+def _thoughts(found: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    done = [one for one in found if one]
+    label = "chain of thought"
+    if done:
+        share = sum(one["asked for it"] for one in done) / sum(one["questions"] for one in done)
+        label += f" (n = {done[0]['questions']} each; {100 * share:.0f} % had to be asked for the answer)"
+    return [label, *(_share(one["right"], one["questions"]) if one else "not measured" for one in found)]
+
+
 def _chain(cells: Cells) -> str:
     """What each step gets right: the answer is their product."""
     rows = []
@@ -68,7 +76,6 @@ def _chain(cells: Cells) -> str:
             for n in HOPS:
                 cell = cells[f"hops-{names}-{n}"]
                 one, total = cell["rules"][how], cell["questions"]
-                single = one["concluded"] + one["opposite"]
                 rows.append(
                     [
                         NAMES[names],
@@ -80,12 +87,12 @@ def _chain(cells: Cells) -> str:
                         _percent(one["asked"], total),
                         _percent(one["concluded"], total),
                         f"{_percent(one['opposite'], total)} / {_percent(one['silent'], total)}",
-                        _percent(one["steered"], single),
+                        _percent(one["steered"], total),
                         _percent(one["right"], total),
                     ]
                 )
     head = ["names", "detectors", "hops", "names found", "false alarms a question", "facts right", "question right"]
-    head += ["**concluded right**", "wrongly / not at all", "said what was concluded", "answered right"]
+    head += ["**concluded right**", "wrongly / not at all", "one conclusion, and said", "answered right"]
     return _table("What steers what, in %: detection, conclusion, answer", head, rows)
 
 
@@ -98,10 +105,21 @@ def _steering(cell: Mapping[str, Any]) -> str:
     )
 
 
+def _as_served(cell: Mapping[str, Any]) -> str:
+    return (
+        f"As whole requests (compiled as the server does, one pass of the reference executor): of {cell['questions']} questions "
+        f"{cell['same conclusions']} have the same conclusions at every token, and {cell['same token']} the same answer."
+    )
+
+
 def _rail(cells: Cells) -> str:
     rows = []
     for hints in HINTS:
-        cell = cells["rail-" + hints.replace(", ", "-").replace(" ", "-")]
+        name = "rail-" + hints.replace(", ", "-").replace(" ", "-")
+        if name not in cells:
+            rows.append([hints, "not measured", *[""] * 5])
+            continue
+        cell = cells[name]
         total = cell["trains"]
         plain, given = cell["plain"], cell["facts given"]
         rows.append([hints, "plain", "", "", "", *_shares([plain["right"], plain["choice"]], [total] * 2)])
