@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from interventions.concepts.detection import Recipe, fit_detector
-from interventions.concepts.detector import Detector
+from interventions.concepts.detector import Detector, detector_from_dict
 from interventions.concepts.labelled import NEGATIVE, POSITIVE, LabelledText, contrast
 from interventions.concepts.salient import MAX_RATE
 from interventions.concepts.threshold import best_cut
@@ -93,6 +93,16 @@ def fit_weighted(texts: Sequence[LabelledText], n_features: int, top: int = WEIG
     draft = Detector("multi", score, 0.0)
     activation = dict(zip(chosen.tolist(), x.T.astype(np.float32), strict=True))
     return Detector("multi", score, best_cut(draft.scores(activation), wanted).threshold)
+
+
+def as_json(found: Detectors) -> dict[str, dict[str, Any]]:
+    """Plain JSON, from which :func:`from_json` restores them."""
+    return {how: {name: one.as_dict() for name, one in kind.items()} for how, kind in found.items()}
+
+
+def from_json(raw: Mapping[How, Mapping[str, Any]]) -> Detectors:
+    """What :func:`as_json` wrote."""
+    return {how: {name: detector_from_dict(one) for name, one in kind.items()} for how, kind in raw.items()}
 
 
 def proposition(detector: Detector, sae_id: str) -> Proposition:

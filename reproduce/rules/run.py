@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from reproduce.model import Runner
 from reproduce.rules import as_served, hops, measure_hops, measure_rail, rail, safety, steer
-from reproduce.rules.detectors import Detectors, fit_words
+from reproduce.rules.detectors import Detectors, as_json, fit_words, from_json
 from reproduce.rules.settings import EFFECT_LAYER, EVIDENCE_LAYER, HOPS, Sizes
 from reproduce.rules.texts import Labelled, prompt, read_all
 from sae_weights.cache import cache_root
@@ -93,17 +92,15 @@ class Study:
         return self._fitted(f"rail-{family}", [t.message() for t in trains], rail.COLOURS, say)
 
     def _fitted(self, name: str, messages: list[Labelled], concepts: Any, say: Say) -> Detectors:
-        file = self.folder / f"{name}.pickle"
+        file = self.folder / f"{name}.detectors.json"
         if file.is_file():
-            with file.open("rb") as stream:
-                kept: Detectors = pickle.load(stream)
-            return kept
+            return from_json(json.loads(file.read_text()))
         runner, tokenizer = self.model
         sae = self.saes[EVIDENCE_LAYER]
         prompts = [prompt(tokenizer, message) for message in messages]
         reads = read_all(runner, sae, EVIDENCE_LAYER, [p.ids for p in prompts])
         found = fit_words(prompts, reads, concepts, sae.n_features, say)
-        _keep(file, pickle.dumps(found))
+        _keep(file, json.dumps(as_json(found)).encode())
         return found
 
     def _steering(self, _say: Say) -> Any:

@@ -8,12 +8,11 @@ import functools
 import hashlib
 import json
 import math
-import pickle
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,8 +37,6 @@ RESULTS = HERE / "results.json"
 PICTURE = HERE.parent.parent / "docs" / "images" / "unlearning.png"
 PAGE = HERE.parent.parent / "docs" / "reproduce-unlearning.md"
 WORK = HERE.parent.parent / "build" / "reproduce-unlearning"
-
-T = TypeVar("T")
 
 
 def main() -> None:
@@ -82,7 +79,7 @@ def run(quick: bool, minutes: float = math.inf) -> dict[str, Any]:
     columns = (TextColumn("{task.description:40}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("what is known", total=len(cells) + 4)
-        material = _material(runs, sizes, folder, lambda text: progress.update(task, description=text, advance=1))
+        material = _material(runs, sizes, lambda text: progress.update(task, description=text, advance=1))
         jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [
             (c.name, functools.partial(_measured, runs, material, c)) for c in cells
         ]
@@ -113,35 +110,14 @@ def _measured(runs: Runs, material: Material, cell: Cell) -> dict[str, Any]:
     return {"cell": cell.as_dict(), "metrics": measure(runs, material, cell)}
 
 
-def _material(runs: Runs, sizes: Sizes, folder: Path, done: Any) -> Material:
-    known = _once(
-        folder / "knowledge.pickle", lambda: knowledge.find(runs.passes, runs.plain(), sizes.targets_per_kind)
-    )
+def _material(runs: Runs, sizes: Sizes, done: Callable[[str], None]) -> Material:
+    known = knowledge.find(runs.passes, runs.plain(), sizes.targets_per_kind)
     done("questions and texts")
-    material = _once(folder / "material.pickle", lambda: gather(runs, known, sizes))
+    material = gather(runs, known, sizes)
     done("probes, latents, calibration")
-
-    def fitted() -> Material:
-        fit(runs, material, sizes)
-        return material
-
-    found = _once(folder / "fits.pickle", fitted)
+    fit(runs, material, sizes)
     done("cells")
-    return found
-
-
-def _once(file: Path, make: Callable[[], T]) -> T:
-    """What ``make`` gives, kept in ``file``."""
-    if file.is_file():
-        with file.open("rb") as stream:
-            kept: T = pickle.load(stream)
-        return kept
-    found = make()
-    part = file.with_suffix(".part")
-    with part.open("wb") as stream:
-        pickle.dump(found, stream)
-    part.replace(file)
-    return found
+    return material
 
 
 def _facts(material: Material) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import torch
 
 from interventions.concepts.detector import Detector
 from interventions.rules.chunked import State, advance
-from interventions.rules.proposition import Sum
+from interventions.rules.proposition import Leaf, Split, Sum, Tree
 from interventions.rules.reading import parse_ruleset
 from reproduce.model import batches
 from reproduce.page import shown
 from reproduce.rules import hops, rail
 from reproduce.rules.__main__ import PAGE, RESULTS
+from reproduce.rules.detectors import as_json, from_json
 from reproduce.rules.settings import HOPS
 from reproduce.rules.steer import push, verdict
 from reproduce.rules.tables import tables
@@ -155,3 +156,18 @@ def test_the_page_shows_the_tables_of_the_recorded_run():
     cell = results["cells"]["hops-made-1"]
     share = 100 * cell["rules"]["weighted"]["right"] / cell["questions"]
     assert f"| **rules, 64 latents, fitted weights** | {share:.1f} [" in written
+
+
+def test_detectors_are_kept_as_plain_json_and_come_back_as_they_were():
+    summed = Detector("multi", Sum(((3, 0.1), (617, -0.3333))), float(np.float32(0.123456789)))
+    tree = Detector("relation", Tree(Split(5, ">=", float(np.float32(0.7)), Leaf(1.0), Leaf(0.25))), 0.5)
+    found = {"weighted": {"gaft": summed}, "relation": {"gaft": tree}}
+    back = from_json(json.loads(json.dumps(as_json(found))))
+    activation = {index: np.linspace(0, 3, 50, dtype=np.float32) for index in (3, 5, 617)}
+    for how, kind in found.items():
+        for name, detector in kind.items():
+            assert back[how][name].kind == detector.kind
+            scores = detector.scores(activation)
+            assert np.array_equal(back[how][name].scores(activation), scores)
+            assert np.array_equal(back[how][name].tokens(scores), detector.tokens(scores))
+            assert back[how][name].threshold == detector.threshold
