@@ -28,7 +28,7 @@ _WIDTH = 110
 
 EXAMPLES = """[bold]Examples[/bold]
 
-editserver rules check examples/rules/sailing.rules --bundled
+editserver rules check examples/rules/voyage.rules --bundled
 
 editserver rules check safety.json --json > normal.json
 
