@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -15,11 +14,11 @@ from editserver.library import MapLibrary
 from interventions.maps.gates import CusumGate, Gate, ShareGate, WindowGate, statistic
 from interventions.maps.map import LatentMap, SequenceGate
 from interventions.maps.transfer import interpolate
-from tests.engine.lab import Driver, Lab, chunked, plain, scarce, watched
+from tests.engine.lab import Lab, plain
+from tests.engine.schedules import SHARED, behind_a_prefix, in_chunks, preempted
 from tests.engine.shadow import fired_at
-from tests.engine.support import BLOCK, Answer, Ask, prompt_of
+from tests.engine.support import Answer, Ask, prompt_of
 
-SHARED = 2 * BLOCK
 TAIL = 8
 SAES = ("jumprelu/l15", "topk/l15", "polysae/l15", "topk/l0", "jumprelu/l29")
 """Where the gates listen: one row at a time, and whole dictionaries; layers behind one another."""
@@ -124,46 +123,14 @@ def _asks(lab: Lab) -> list[Ask]:
 
 def gated_prefix(lab: Lab) -> None:
     """A request behind a prefix hit has the gates of one that computes everything; so has another prompt over the prefix."""
-    first, second = _asks(lab)
-    tolerance = max(lab.floor, 2 * lab.worst.get("vanilla", 0.0))
-    lab.engine.reset_cache()
-    for ask, cached in ((first, 0), (first, SHARED), (second, SHARED), (first, SHARED)):
-        answer = lab.engine.run([ask])[0]
-        assert answer.cached == cached, f"{answer.cached} cached tokens, {cached} are due"
-        _assert_as_alone(lab, ask, answer, tolerance)
-    together = lab.engine.run([second, first, plain(first)], cold=True)
-    tolerance = lab.noise([plain(first)], together[-1:])
-    for ask, answer in zip((second, first), together, strict=False):
-        _assert_as_alone(lab, ask, answer, tolerance)
+    behind_a_prefix(lab, _asks(lab), _assert_as_alone)
 
 
 def gated_chunks(lab: Lab, size: int) -> None:
     """However the prompt is cut."""
-    asks = _asks(lab)
-    lab.engine.reset_cache()
-    with watched(lab.engine) as steps, chunked(lab.engine, size):
-        answers = lab.engine.run([*asks, plain(asks[0])], cold=True)
-    assert max(sum(step.values()) for step in steps.tokens) == size
-    tolerance = lab.noise([plain(asks[0])], answers[-1:])
-    for ask, answer in zip(asks, answers, strict=False):
-        _assert_as_alone(lab, ask, answer, tolerance)
+    in_chunks(lab, _asks(lab), size, _assert_as_alone)
 
 
 def gated_preempted(lab: Lab) -> None:
     """Requests that lose their blocks while they generate have the same gates when they come back."""
-    asks = [replace(ask, max_tokens=27) for ask in _asks(lab)]
-    asks = [plain(asks[0]), replace(asks[0], prompt=prompt_of(720, SHARED - 3)), *asks]  # the last one in goes first
-    for ask in asks:
-        lab.alone(ask)
-    lab.engine.reset_cache()
-    with scarce(lab.engine, 9), watched(lab.engine) as steps, Driver(lab.engine) as driver:
-        named = [driver.add(ask) for ask in asks]
-        driver.drain()
-    assert steps.preemptions > 0, "nothing was preempted: the test proves nothing"
-    answers = [driver.answer(name) for name in named]
-    again = [n for n, ask in zip(named, asks, strict=True) if steps.computed(n) > len(ask.prompt) + 26]
-    assert set(again) & set(named[1:]), "no gated request had to compute a token twice"
-    tolerance = lab.noise(asks[:1], answers[:1])
-    for ask, answer in zip(asks[1:], answers[1:], strict=True):
-        _assert_as_alone(lab, ask, answer, tolerance)
-    lab.assert_nothing_left()
+    preempted(lab, _asks(lab), 720, _assert_as_alone)

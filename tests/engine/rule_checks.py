@@ -11,11 +11,11 @@ import numpy as np
 
 from interventions.program import parse_feature_key
 from interventions.rules.machine import Machine, RuleTrace, holds, scores
-from tests.engine.lab import Driver, Lab, chunked, plain, scarce, watched
+from tests.engine.lab import Lab, plain
+from tests.engine.schedules import SHARED, behind_a_prefix, in_chunks, preempted
 from tests.engine.shadow import fired_at
-from tests.engine.support import BLOCK, Answer, Ask, prompt_of
+from tests.engine.support import Answer, Ask, prompt_of
 
-SHARED = 2 * BLOCK
 TAIL = 8
 READ = 24
 """Latents of each dictionary that rules may be about."""
@@ -168,49 +168,17 @@ def asks_of(lab: Lab) -> list[Ask]:
 
 def ruled_prefix(lab: Lab) -> None:
     """A request behind a prefix hit has the rules of one that computes everything; so has another prompt over the prefix."""
-    first, second = asks_of(lab)
-    tolerance = max(lab.floor, 2 * lab.worst.get("vanilla", 0.0))
-    lab.engine.reset_cache()
-    for ask, cached in ((first, 0), (first, SHARED), (second, SHARED), (first, SHARED)):
-        answer = lab.engine.run([ask])[0]
-        assert answer.cached == cached, f"{answer.cached} cached tokens, {cached} are due"
-        _assert_as_alone(lab, ask, answer, tolerance)
-    together = lab.engine.run([second, first, plain(first)], cold=True)
-    tolerance = lab.noise([plain(first)], together[-1:])
-    for ask, answer in zip((second, first), together, strict=False):
-        _assert_as_alone(lab, ask, answer, tolerance)
+    behind_a_prefix(lab, asks_of(lab), _assert_as_alone)
 
 
 def ruled_chunks(lab: Lab, size: int) -> None:
     """However the prompt is cut."""
-    asks = asks_of(lab)
-    lab.engine.reset_cache()
-    with watched(lab.engine) as steps, chunked(lab.engine, size):
-        answers = lab.engine.run([*asks, plain(asks[0])], cold=True)
-    assert max(sum(step.values()) for step in steps.tokens) == size
-    tolerance = lab.noise([plain(asks[0])], answers[-1:])
-    for ask, answer in zip(asks, answers, strict=False):
-        _assert_as_alone(lab, ask, answer, tolerance)
+    in_chunks(lab, asks_of(lab), size, _assert_as_alone)
 
 
 def ruled_preempted(lab: Lab) -> None:
     """Requests that lose their blocks while they generate have the same rules when they come back."""
-    asks = [replace(ask, max_tokens=27) for ask in asks_of(lab)]
-    asks = [plain(asks[0]), replace(asks[0], prompt=prompt_of(780, SHARED - 3)), *asks]  # the last one in goes first
-    for ask in asks:
-        lab.alone(ask)
-    lab.engine.reset_cache()
-    with scarce(lab.engine, 9), watched(lab.engine) as steps, Driver(lab.engine) as driver:
-        named = [driver.add(ask) for ask in asks]
-        driver.drain()
-    assert steps.preemptions > 0, "nothing was preempted: the test proves nothing"
-    answers = [driver.answer(name) for name in named]
-    again = [n for n, ask in zip(named, asks, strict=True) if steps.computed(n) > len(ask.prompt) + 26]
-    assert set(again) & set(named[1:]), "no ruled request had to compute a token twice"
-    tolerance = lab.noise(asks[:1], answers[:1])
-    for ask, answer in zip(asks[1:], answers[1:], strict=True):
-        _assert_as_alone(lab, ask, answer, tolerance)
-    lab.assert_nothing_left()
+    preempted(lab, asks_of(lab), 780, _assert_as_alone)
 
 
 def ruled_neighbours(lab: Lab) -> None:
