@@ -127,6 +127,11 @@ class Entry:
     gate: Gate | None = None
     when: int | None = None
 
+    @property
+    def listens(self) -> bool:
+        """Whether it acts by what was read at earlier tokens, as ``Program.listens`` has it."""
+        return not self.noop and (self.type == "rules" or self.when is not None or self.gate is not None)
+
     def count(self, token_ids: Sequence[int], prompt_len: int) -> tuple[int, int]:
         """``(selected, selected in the prompt)`` among the tokens at positions 0, 1, 2, …: in selector and scope.
 

@@ -211,6 +211,11 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
         over_prompt |= self.rules is not None and self.rules.needs_prompt_len
         return over_prompt or any(s.needs_prompt_len for s in self.selectors)
 
+    @property
+    def listens(self) -> bool:
+        """Whether what happens at a token depends on what was read at earlier ones: rules, and gates over the sequence."""
+        return self.rules is not None or any(gate.over_sequence for layer in self.layers for gate in layer.gates)
+
     def resolved(self, prompt: Sequence[int]) -> Program:
         """The program for one prompt (token ids): mentions that are looked up in it become positions."""
         if not any(s.inside for s in self.selectors):
@@ -223,8 +228,10 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
         keys: dict[str, None] = {}
         for layer in self.layers:
             for channel in layer.channels:
-                named = [key for op in channel.ops for key in (op.table, op.source, op.mean) if key]
-                keys.update(dict.fromkeys((channel.row, *named)))
+                keys[channel.row] = None
+                for op in channel.ops:
+                    if op.table or op.source or op.mean:
+                        keys.update(dict.fromkeys(key for key in (op.table, op.source, op.mean) if key))
             for gate in layer.gates:
                 keys.update(dict.fromkeys(gate.evidence))
         keys.update(dict.fromkeys(self.rules.row_keys if self.rules else ()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,6 +207,13 @@ class SAE:
         return self._block is not None
 
     @property
+    def whole_bytes(self) -> int:
+        """Memory of the matrices and the gate, fp32, when the whole dictionary is in memory."""
+        matrices = self.d_out + (0 if self._form.tied else self.d_model)
+        gate = sum(math.prod(beyond) for beyond in self._source.gate_shapes.values())
+        return torch.float32.itemsize * self.n_features * (matrices + gate)
+
+    @property
     def digest(self) -> str:
         """SHA-256 (hex) of the canonical content: matrices, biases, gate, k, norm and hook; not of names or paths.
 
@@ -373,8 +382,8 @@ class SAE:
         """Canonical rows straight from the source, fp32, nothing cached. Raises SAEFormatError if one is not finite."""
         block = fold_rows(self._source.read(rows), self._source.b_dec, self._folding, self._form)
         for name, tensor in {"W_enc": block.W_enc, "W_dec": block.W_dec, **block.gate}.items():
-            finite = tensor.isfinite() if tensor.ndim == 1 else tensor.isfinite().all(dim=-1)
-            if not bool(finite.all()):
+            if not np.isfinite(tensor.numpy()).all():
+                finite = tensor.isfinite() if tensor.ndim == 1 else tensor.isfinite().all(dim=-1)
                 where = int((~finite).nonzero()[0])
                 feature = where + rows.start if isinstance(rows, slice) else rows[where]
                 raise SAEFormatError(f"{self._source.label}: tensor {name} is not finite at feature {feature}")
