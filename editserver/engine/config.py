@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,12 +10,24 @@ from typing import Any
 
 from editserver import __version__
 from editserver.engine.wire import KEY
+from interventions.limits import Limits
 from sae_weights.formats import Origin
 from sae_weights.sae import SAE
 from sae_weights.sidecar import read_sidecar
 
 ENGINE_ABI = 1
 """Raise it when the traced graph changes, so that no compiled artefact of an older build is reused."""
+
+
+ENGINE_VARIABLE = "EDITSERVER_ENGINE"
+"""Environment variable with the default of :attr:`EngineConfig.engine`, for tests."""
+ENGINES = ("auto", "device")
+
+
+def _engine(name: object) -> str:
+    if name not in ENGINES:
+        raise ValueError(f"engine is {name!r}, expected one of {ENGINES}")
+    return str(name)
 
 
 @dataclass(frozen=True)
@@ -64,14 +77,23 @@ class EngineConfig:
         saes: the dictionaries that programs may refer to (by digest).
         full_encode: ids of the SAEs whose every pre-activation may be computed (top-k, TopK membership).
         bank_rows: capacity of the row bank, shared by all running requests.
+        propositions: most of one request's rules; along with the KV cache there is room for so many bits.
+        engine: "auto" edits with kernels where the model lies on a GPU and on the host elsewhere; "device" with kernels
+            everywhere (on a CPU under Triton's interpreter, for tests).
     """
 
     armed: tuple[int, ...]
     saes: tuple[SAESource, ...] = ()
     full_encode: tuple[str, ...] = ()
     bank_rows: int = 8192
+    propositions: int = Limits.propositions
+    engine: str = field(default_factory=lambda: os.environ.get(ENGINE_VARIABLE, "auto"))
     version: str = __version__
     abi: int = field(default=ENGINE_ABI)
+
+    def on_device(self, device_type: str) -> bool:
+        """Whether an engine of kernels edits where the model lies on devices of this type."""
+        return device_type == "cuda" or self.engine == "device"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form for ``additional_config["editserver"]``."""
@@ -86,6 +108,8 @@ class EngineConfig:
                 saes=tuple(SAESource(**s) for s in raw.get("saes", ())),
                 full_encode=tuple(raw.get("full_encode", ())),
                 bank_rows=int(raw.get("bank_rows", 8192)),
+                propositions=int(raw.get("propositions", Limits.propositions)),
+                engine=_engine(raw.get("engine", "auto")),
                 version=str(raw.get("version", __version__)),
                 abi=int(raw.get("abi", ENGINE_ABI)),
             )

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from editserver.engine.kernel_cpu import compose_joint
+from editserver.engine.kernel_cpu import CHANNEL_COLUMNS, OP_COLUMNS, OP_MASKS, OP_VALUES, compose_joint
+from editserver.engine.layer_table import LayerTable, Use
 from editserver.engine.plan import Plan
-from editserver.engine.resident import LayerTable, Use
 from editserver.engine.rows import FULL_ENCODE_BLOCK, Dictionaries, RowBank
 
 CHUNK_TOKENS, CHUNK_ELEMENTS = 256, 1 << 23
@@ -87,10 +87,10 @@ class Composed:
     joint_fired: Array
 
     @classmethod
-    def empty(cls, n: int, d_model: int, table: LayerTable) -> Composed:
+    def empty(cls, n: int, d_model: int, n_members: int, has_joint: bool) -> Composed:
         """Zeros of the right sizes."""
-        n_joint = n if table.has_joint else 0
-        members = np.zeros((n if table.n_members else 0, table.n_members), np.float32)
+        n_joint = n if has_joint else 0
+        members = np.zeros((n if n_members else 0, n_members), np.float32)
         return cls(members, np.zeros((n_joint, d_model), np.float32), np.zeros(n_joint, np.uint64))
 
     def demands(
@@ -154,9 +154,11 @@ class Composed:
                 opened,
                 use.features,
                 use.targets,
+                table.channels,
                 table.channel_ops,
-                table.remaps,
-                *table.ops,
+                table.op_ints,
+                table.op_values,
+                table.op_masks,
                 bank.read.numpy(),
                 bank.gate.numpy(),
                 z.numpy(),
@@ -173,10 +175,9 @@ class Composed:
 
 def warm_up_joint() -> None:
     """Compile what the first JOINT channel would otherwise wait for."""
-    none, ints, wide = np.zeros(0, np.int64), np.zeros(0, np.int8), np.zeros(0, np.uint64)
-    flags, pointer, rows = np.zeros(0, np.bool_), np.zeros(1, np.int32), np.zeros((1, 1), np.float32)
-    ops = (ints, np.zeros((0, 6), np.float32), np.zeros((0, 3), np.int32), ints, flags, wide, wide, ints)
-    z = np.zeros((0, 1), np.float32)
-    compose_joint(
-        z, 0, 0, none, wide, wide, none, none, pointer, flags, *ops, rows, rows, z, z.copy(), wide.copy(), flags.copy()
-    )
+    none, wide, flags = np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.bool_)
+    channels, ops = np.zeros((0, len(CHANNEL_COLUMNS)), np.int32), np.zeros((0, len(OP_COLUMNS)), np.int32)
+    values, masks = np.zeros((0, len(OP_VALUES)), np.float32), np.zeros((0, len(OP_MASKS)), np.uint64)
+    table = channels, np.zeros(1, np.int32), ops, values, masks
+    z, rows = np.zeros((0, 1), np.float32), np.zeros((1, 1), np.float32)
+    compose_joint(z, 0, 0, none, wide, wide, none, none, *table, rows, rows, z, z.copy(), wide.copy(), flags)

@@ -3,8 +3,9 @@
 Hits of triggers matter where they are. Hits behind a sequence gate are remembered with the KV cache, one uint64 per slot and
 layer (bit g: gate g of the layer's program), for exactly as long as the token's KV: prefix caching shares blocks between
 requests of equal salts only, whose programs are equal, so a cached block's bits mean the same to whoever reads it. Each
-resident request keeps the gates' states on top; where its tokens do not continue what the states have seen (a cached prefix,
-recomputation after a preemption), they are made anew from the bits of all its earlier positions.
+resident request keeps the gates' states on top, as they are after a step and as they were before it; where its tokens do not
+continue what the states have seen (rejected drafts, a cached prefix, recomputation after a preemption), they are made anew
+from the bits of the positions in between: of one step at most after drafts, of all earlier ones at worst.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 
 from editserver.engine.full_encode import Demand, acting
 from editserver.engine.kernel_cpu import hit_tokens
+from editserver.engine.layer_table import LayerTable, Listener
 from editserver.engine.plan import Plan, Segment
-from editserver.engine.resident import LayerTable, Listener
 from editserver.engine.rows import RowBank
 from interventions.maps import gates
 
@@ -49,9 +50,9 @@ class Blocks:
         return slots
 
 
-@dataclass
+@dataclass(frozen=True)
 class Track:
-    """One sequence gate of one request: its state, and what receipts say.
+    """One sequence gate of one request after some of its tokens: its state, and what receipts say.
 
     Attributes:
         open_from: first position at which it was open; -1 for never.
@@ -62,14 +63,46 @@ class Track:
     open_from: int = -1
     largest: float = 0.0
 
-    def feed(self, rule: gates.Gate, hits: Array, prompt_len: int) -> Array:
-        """Take the next tokens' hit bits (bool ``[n]``); whether the gate is open at each of them."""
-        first = self.state.position
-        opened, statistic, self.state = gates.advance(rule, self.state, hits, prompt_len)
-        if self.open_from < 0 and opened.any():
-            self.open_from = first + int(opened.argmax())
-        self.largest = max(self.largest, float(statistic.max(initial=0.0)))
-        return opened
+    def feed(
+        self, rule: gates.Gate, hits: Array, prompt_len: int, facts: int = 0
+    ) -> tuple[Array, Track, tuple[tuple[int, float], ...]]:
+        """Take the next tokens' hit bits (bool ``[n]``).
+
+        Returns:
+            ``(open, track, facts)``: whether the gate is open at each of them, bool ``[n]``; the track after all of them;
+            and (``open_from``, ``largest``) after each of the last ``facts`` of them, or of all if they are fewer.
+        """
+        opened, statistic, state = gates.advance(rule, self.state, hits, prompt_len)
+        open_from, n = self.open_from, len(opened)
+        if open_from < 0 and opened.any():
+            open_from = self.state.position + int(opened.argmax())
+        largest = np.maximum.accumulate(np.maximum(statistic, self.largest))
+        told = tuple(
+            (open_from if open_from <= self.state.position + i else -1, float(largest[i]))
+            for i in range(max(0, n - facts), n)
+        )
+        return opened, Track(state, open_from, float(largest[-1]) if n else self.largest), told
+
+
+@dataclass
+class Tracks:
+    """The track of one sequence gate, with what it takes to go back behind drafts.
+
+    Attributes:
+        now: after all tokens so far, drafts of the last step included, rejected or not.
+        before: as it was before that step, when all tokens were the request's own.
+        facts: what the step's record says.
+    """
+
+    now: Track = Track()
+    before: Track = Track()
+    facts: tuple[tuple[int, float], ...] = ()
+
+    def at(self, position: int) -> Track | None:
+        """The latest track that surely is of the tokens before ``position`` alone, or of the first of these."""
+        if self.now.state.position == position:
+            return self.now
+        return self.before if self.before.state.position <= position else None
 
 
 @dataclass
@@ -99,10 +132,13 @@ class Hearing:
     Args:
         table: the layer's programs; ``table.listeners`` of the planned requests are heard.
         blocks: None where the KV cache cannot carry bits: then every request must be computed from position 0.
+        facts: how many tokens' facts a record tells.
     """
 
-    def __init__(self, layer: int, table: LayerTable, plan: Plan, memory: HitMemory, blocks: Blocks | None) -> None:
-        self._layer, self._plan, self._memory, self._blocks = layer, plan, memory, blocks
+    def __init__(
+        self, layer: int, table: LayerTable, plan: Plan, memory: HitMemory, blocks: Blocks | None, facts: int = 1
+    ) -> None:
+        self._layer, self._plan, self._memory, self._blocks, self._facts = layer, plan, memory, blocks, facts
         self._heard = [(s, table.listeners[s.index]) for s in plan.segments if s.index in table.listeners]
         self._hits: Array = np.zeros(plan.n, np.uint64)
 
@@ -145,7 +181,9 @@ class Hearing:
             for listener in listeners:
                 heard = hits & listener.bit != 0
                 if listener.rule is not None:
-                    heard = self._track(segment, listener).feed(listener.rule, heard, segment.resident.prompt_len)
+                    before = self._track(segment, listener)
+                    heard, now, facts = before.feed(listener.rule, heard, segment.resident.prompt_len, self._facts)
+                    segment.resident.tracks[self._layer, listener.number] = Tracks(now, before, facts)
                 here[heard] |= listener.bit
         return opened
 
@@ -156,17 +194,17 @@ class Hearing:
 
     def _track(self, segment: Segment, listener: Listener) -> Track:
         """The gate's state before the segment's first token, made anew where the request does not continue it."""
-        tracks, first = segment.resident.tracks, segment.first_position
-        key = (self._layer, listener.number)
-        track = tracks.get(key)
-        if track is not None and track.state.position == first:
+        first = segment.first_position
+        tracks = segment.resident.tracks.get((self._layer, listener.number), Tracks())
+        track = tracks.at(first) or Track()
+        known = track.state.position
+        if known == first:
             return track
-        track = tracks[key] = Track()
-        if first:
-            if self._blocks is None:
-                message = f"request {segment.resident.request_id} continues at position {first} behind a gate that did not hear"
-                raise RuntimeError(message + " its earlier tokens")
-            earlier = self._memory.of(self._layer, self._blocks)[self._blocks.slots(segment.row, 0, first)]
-            assert listener.rule is not None
-            track.feed(listener.rule, earlier & listener.bit != 0, segment.resident.prompt_len)
-        return track
+        if self._blocks is None:
+            message = (
+                f"request {segment.resident.request_id} continues at position {first} behind a gate that did not hear"
+            )
+            raise RuntimeError(message + " its earlier tokens")
+        earlier = self._memory.of(self._layer, self._blocks)[self._blocks.slots(segment.row, known, first)]
+        assert listener.rule is not None
+        return track.feed(listener.rule, earlier & listener.bit != 0, segment.resident.prompt_len)[1]

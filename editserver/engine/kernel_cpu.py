@@ -1,4 +1,4 @@
-"""The edit arithmetic on a CPU: one pass per token, compiled with numba.
+"""The edit arithmetic on a CPU: one pass per token, from the model's tensors and back into them, compiled with numba.
 
 Semantics (``interventions.program`` has the definitions), as a plain loop over the selected tokens::
 
@@ -7,8 +7,8 @@ Semantics (``interventions.program`` has the definitions), as a plain loop over 
         for op in ops(c), in order: if acts(op, t) and (a != 0 or not op.only_if_active): x = op(x)
         delta[t] += scale_c(t) * (x - a) * write_c
 
-``acts`` are two masks: every bit of ``op_need`` among the token's selectors, every bit of ``op_gates`` among the gates that
-are open there. Before it, :func:`compose_joint` edits the activations of SAEs whose decoder is not additive; their delta
+``acts`` are two masks: every bit of NEED among the token's selectors, every bit of GATES among the gates that are
+open there. Before it, :func:`compose_joint` edits the activations of SAEs whose decoder is not additive; their delta
 comes as a whole.
 
 A token's result depends on nothing but its own h and its own program: batch composition, chunking and neighbours cannot
@@ -21,14 +21,37 @@ not when one that it calls from does.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 from interventions.program import TABLE_HEADER, OpKind, ReadKind, UnitKind
 
 F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
+
+CHANNEL_COLUMNS = READ, SLOT, INPUT_NORM, MEMBER_COLUMN, REMAPS = range(5)
+"""Of a channel: ReadKind, bank slot of its row, how its SAE normalises, its column of ``members``, whether an op is a remap."""
+OP_COLUMNS = KIND, TABLE, SOURCE, MEAN, UNIT, ACTIVE, INTERVENTION = range(7)
+"""Of an op: OpKind; the bank slots of its gain table, a remap's source (MEMBER: column of ``members``) and its mean row (-1:
+there is none); UnitKind; whether it leaves zeros alone; its intervention."""
+OP_VALUES = ALPHA, BETA, LOW, HIGH, STRENGTH, GAMMA = range(6)
+OP_MASKS = NEED, GATES = range(2)
+"""Bits of the selectors that must all hold, and of the gates that must all be open."""
+READ_COLUMNS = READ_SLOT, READ_NORM = range(2)
+"""Of a latent that is read: its bank slot, and how its SAE normalises; of a coordinate of the stream: which one, and STREAM."""
+STREAM = -1
+
+PREPARED, FLOAT32, BFLOAT16 = range(3)
+"""How :func:`edit_tokens` and :func:`load_tokens` find the stream: ready in ``h``, or in the model's own tensors."""
 
 NONE, NORM, DOT, LATENT, MEMBER, JOINT = (int(k) for k in ReadKind)
 AFFINE, RANGE, GAIN, REMAP = (int(k) for k in OpKind)
@@ -48,7 +71,105 @@ LAYER_NORM_EPS = 1e-5
 CLAMPED, OVER = 1, 2
 """Token flags: the dose was scaled down; the dose exceeds a bound that refuses."""
 
+WORD = ir.IntType(32)
+
 _jit = numba.njit(cache=True, nogil=True, fastmath={"contract"})
+
+
+@intrinsic
+def _pointer(context: Any, address: Any) -> Any:
+    """The address as a pointer: tensors come as ``data_ptr()``, which costs less than a view of them as an array."""
+
+    def generate(_: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.intp), generate
+
+
+@intrinsic
+def _widen(context: Any, bits: Any) -> Any:
+    """bfloat16 to float32."""
+
+    def generate(_: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = builder.shl(builder.zext(args[0], WORD), WORD(16))
+        return builder.bitcast(word, ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _narrow(context: Any, value: Any) -> Any:
+    """float32 to bfloat16, to the nearest, ties to even; what is no number stays none.
+
+    Made of 32-bit instructions, of which a loop takes as many at a time as of floats: numba's integers are 64 bits wide.
+    """
+
+    def generate(_: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = builder.bitcast(args[0], WORD)
+        odd = builder.and_(builder.lshr(word, WORD(16)), WORD(1))
+        rounded = builder.lshr(builder.add(word, builder.add(odd, WORD(0x7FFF))), WORD(16))
+        quiet = builder.or_(builder.lshr(word, WORD(16)), WORD(0x40))
+        is_number = builder.fcmp_ordered("ord", args[0], args[0])
+        return builder.trunc(builder.select(is_number, rounded, quiet), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@_jit
+def _load(form: int, hidden_at: int, residual_at: int, row: int, out: F32) -> None:
+    """Row ``row`` of the residual stream, in the model's own precision, as fp32; ``residual_at`` 0: hidden is the stream."""
+    d = out.shape[0]
+    if form == BFLOAT16:
+        hidden = numba.carray(_pointer(hidden_at), (row + 1, d), np.uint16)[row]
+        if residual_at == 0:
+            for i in range(d):
+                out[i] = _widen(hidden[i])
+        else:
+            residual = numba.carray(_pointer(residual_at), (row + 1, d), np.uint16)[row]
+            for i in range(d):
+                out[i] = _widen(_narrow(_widen(hidden[i]) + _widen(residual[i])))
+    else:
+        exact = numba.carray(_pointer(hidden_at), (row + 1, d), np.float32)[row]
+        if residual_at == 0:
+            for i in range(d):
+                out[i] = exact[i]
+        else:
+            rest = numba.carray(_pointer(residual_at), (row + 1, d), np.float32)[row]
+            for i in range(d):
+                out[i] = exact[i] + rest[i]
+
+
+@_jit
+def _store(form: int, hidden_at: int, residual_at: int, row: int, h: F32, delta: F32) -> None:
+    """Make row ``row`` of the stream h + delta, and h what it then is; with a residual, hidden becomes zero."""
+    d = h.shape[0]
+    if form == BFLOAT16:
+        hidden = numba.carray(_pointer(hidden_at), (row + 1, d), np.uint16)[row]
+        target = hidden
+        if residual_at != 0:
+            hidden[:] = 0
+            target = numba.carray(_pointer(residual_at), (row + 1, d), np.uint16)[row]
+        for i in range(d):
+            bits = _narrow(h[i] + delta[i])
+            target[i] = bits
+            h[i] = _widen(bits)
+        return
+    for i in range(d):
+        h[i] += delta[i]
+    if form == FLOAT32:
+        exact = numba.carray(_pointer(hidden_at), (row + 1, d), np.float32)[row]
+        if residual_at == 0:
+            exact[:] = h
+        else:
+            exact[:] = 0
+            numba.carray(_pointer(residual_at), (row + 1, d), np.float32)[row][:] = h
+
+
+@_jit
+def load_tokens(form: int, hidden_at: int, residual_at: int, index: I64, h: F32) -> None:
+    """The stream at the tokens ``index [n]`` (:func:`edit_tokens` has the arguments) into ``h [n, d]``."""
+    for t in range(h.shape[0]):
+        _load(form, hidden_at, residual_at, index[t], h[t])
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"}, inline="never")
@@ -108,19 +229,22 @@ def _gain(x: np.float32, strength: np.float32, table: F32) -> np.float32:
 
 
 @_jit
+def _acts(op_masks: U64, o: int, bits: np.uint64, opened: np.uint64) -> bool:
+    """Whether op ``o`` acts on a token with these selectors and open gates."""
+    need, behind = op_masks[o, NEED], op_masks[o, GATES]
+    return bool(bits & need == need and opened & behind == behind)
+
+
+@_jit
 def _terms(
     a: np.float32,
     bits: np.uint64,
     opened: np.uint64,
     first: int,
     last: int,
-    op_kind: npt.NDArray[np.int8],
+    op_ints: I32,
     op_values: F32,
-    op_slots: npt.NDArray[np.int32],
-    op_unit: npt.NDArray[np.int8],
-    op_active: npt.NDArray[np.bool_],
-    op_need: npt.NDArray[np.uint64],
-    op_gates: npt.NDArray[np.uint64],
+    op_masks: U64,
     norm: np.float32,
     scale: np.float32,
     view: F32,
@@ -141,30 +265,30 @@ def _terms(
         mean_slot, mean: ``[1]``, the mean pre-activation that was last computed for this token (slot -1: none).
     """
     for o in range(first, last):
-        if op_kind[o] != REMAP or bits & op_need[o] != op_need[o] or opened & op_gates[o] != op_gates[o]:
+        if op_ints[o, KIND] != REMAP or not _acts(op_masks, o, bits, opened):
             continue
-        if op_active[o] and a == 0:
+        if op_ints[o, ACTIVE] and a == 0:
             continue
         term = np.float32(0.0)
-        beta = op_values[o, 1]
+        beta = op_values[o, BETA]
         if beta != 0:
-            if op_unit[o] == ABSOLUTE:
+            if op_ints[o, UNIT] == ABSOLUTE:
                 term = beta
-            elif op_unit[o] == RESIDUAL_NORM:
+            elif op_ints[o, UNIT] == RESIDUAL_NORM:
                 if scale != 0:
                     term = beta * (norm / scale)
             else:
-                slot = op_slots[o, 2]
+                slot = op_ints[o, MEAN]
                 if mean_slot[0] != slot:
                     mean[0] = abs(_dot(bank_read[slot], view) + bank_gate[slot, 0])
                     mean_slot[0] = slot
                 term = beta * mean[0]
-        source = op_slots[o, 1]
+        source = op_ints[o, SOURCE]
         if source >= 0:
             if row >= 0:
-                term += op_values[o, 5] * whole[row, source]
+                term += op_values[o, GAMMA] * whole[row, source]
             else:
-                term += op_values[o, 5] * np.float32(_activation(_dot(bank_read[source], view), bank_gate[source]))
+                term += op_values[o, GAMMA] * np.float32(_activation(_dot(bank_read[source], view), bank_gate[source]))
         terms[o - first] = term
 
 
@@ -175,14 +299,9 @@ def _compose(
     opened: np.uint64,
     first: int,
     last: int,
-    op_kind: npt.NDArray[np.int8],
+    op_ints: I32,
     op_values: F32,
-    op_slots: npt.NDArray[np.int32],
-    op_unit: npt.NDArray[np.int8],
-    op_active: npt.NDArray[np.bool_],
-    op_need: npt.NDArray[np.uint64],
-    op_gates: npt.NDArray[np.uint64],
-    op_intervention: npt.NDArray[np.int8],
+    op_masks: U64,
     bank_read: F32,
     terms: F32,
 ) -> tuple[np.float32, np.uint64]:
@@ -193,21 +312,21 @@ def _compose(
     x = a
     changed = np.uint64(0)
     for o in range(first, last):
-        if bits & op_need[o] != op_need[o] or opened & op_gates[o] != op_gates[o]:
+        if not _acts(op_masks, o, bits, opened):
             continue
-        if op_active[o] and a == 0:
+        if op_ints[o, ACTIVE] and a == 0:
             continue
         new = x
-        if op_kind[o] == AFFINE:
-            new = min(max(op_values[o, 0] * x + op_values[o, 1], op_values[o, 2]), op_values[o, 3])
-        elif op_kind[o] == REMAP:
-            new = min(max(op_values[o, 0] * x + terms[o - first], op_values[o, 2]), op_values[o, 3])
-        elif op_kind[o] == GAIN:
-            new = _gain(x, op_values[o, 4], bank_read[op_slots[o, 0]])
-        elif x > 0 and op_values[o, 2] <= x <= op_values[o, 3]:
+        if op_ints[o, KIND] == AFFINE:
+            new = min(max(op_values[o, ALPHA] * x + op_values[o, BETA], op_values[o, LOW]), op_values[o, HIGH])
+        elif op_ints[o, KIND] == REMAP:
+            new = min(max(op_values[o, ALPHA] * x + terms[o - first], op_values[o, LOW]), op_values[o, HIGH])
+        elif op_ints[o, KIND] == GAIN:
+            new = _gain(x, op_values[o, STRENGTH], bank_read[op_ints[o, TABLE]])
+        elif x > 0 and op_values[o, LOW] <= x <= op_values[o, HIGH]:
             new = np.float32(0.0)
         if new != x:
-            changed |= np.uint64(1) << np.uint64(op_intervention[o])
+            changed |= np.uint64(1) << np.uint64(op_ints[o, INTERVENTION])
         x = new
     return x, changed
 
@@ -221,17 +340,12 @@ def compose_joint(
     token_selected: npt.NDArray[np.uint64],
     token_open: npt.NDArray[np.uint64],
     features: npt.NDArray[np.int64],
-    channels: npt.NDArray[np.int64],
-    channel_ops: npt.NDArray[np.int32],
-    channel_remaps: npt.NDArray[np.bool_],
-    op_kind: npt.NDArray[np.int8],
+    places: npt.NDArray[np.int64],
+    channels: I32,
+    channel_ops: I32,
+    op_ints: I32,
     op_values: F32,
-    op_slots: npt.NDArray[np.int32],
-    op_unit: npt.NDArray[np.int8],
-    op_active: npt.NDArray[np.bool_],
-    op_need: npt.NDArray[np.uint64],
-    op_gates: npt.NDArray[np.uint64],
-    op_intervention: npt.NDArray[np.int8],
+    op_masks: U64,
     bank_read: F32,
     bank_gate: F32,
     z: F32,
@@ -247,7 +361,7 @@ def compose_joint(
         width: most ops of one channel.
         tokens: planned tokens that the rows of ``z`` belong to, ``[m]``; they index ``h``, ``token_selected``,
             ``token_open`` and ``fired``.
-        features, channels: the latents with JOINT channels, and where these stand in ``channel_ops``.
+        features, places: the latents with JOINT channels, and which channels these are.
         z, edited: original activations ``[m, n_features]``, and a copy that is edited in place.
         fired: ORed with the bits of the interventions that changed a latent of the token.
         touched: output ``[m]``, whether any latent of the token ends with another value than it had.
@@ -263,8 +377,8 @@ def compose_joint(
         view = h[t]
         for j in range(features.shape[0]):
             a = z[r, features[j]]
-            c = channels[j]
-            if channel_remaps[c]:
+            c = places[j]
+            if channels[c, REMAPS]:
                 if norm < 0:
                     norm = np.float32(math.sqrt(_dot(h[t], h[t])))
                     mean_slot[0] = -1
@@ -277,13 +391,9 @@ def compose_joint(
                     token_open[t],
                     channel_ops[c],
                     channel_ops[c + 1],
-                    op_kind,
+                    op_ints,
                     op_values,
-                    op_slots,
-                    op_unit,
-                    op_active,
-                    op_need,
-                    op_gates,
+                    op_masks,
                     norm,
                     scale,
                     view,
@@ -301,14 +411,9 @@ def compose_joint(
                 token_open[t],
                 channel_ops[c],
                 channel_ops[c + 1],
-                op_kind,
+                op_ints,
                 op_values,
-                op_slots,
-                op_unit,
-                op_active,
-                op_need,
-                op_gates,
-                op_intervention,
+                op_masks,
                 bank_read,
                 terms,
             )
@@ -319,65 +424,105 @@ def compose_joint(
 
 
 @_jit
+def _add_rows(coefficients: F32, slots: I64, n: int, bank_write: F32, out: F32) -> None:
+    """out = sum of coefficient · row, one row after another at every coordinate, up to four of them in one pass."""
+    d = out.shape[0]
+    done = 0
+    while done < n:
+        begins = done == 0
+        if n - done >= 4:
+            a, b, c, e = coefficients[done], coefficients[done + 1], coefficients[done + 2], coefficients[done + 3]
+            first, second = bank_write[slots[done]], bank_write[slots[done + 1]]
+            third, fourth = bank_write[slots[done + 2]], bank_write[slots[done + 3]]
+            if begins:
+                for i in range(d):
+                    out[i] = a * first[i] + b * second[i] + c * third[i] + e * fourth[i]
+            else:
+                for i in range(d):
+                    out[i] = out[i] + a * first[i] + b * second[i] + c * third[i] + e * fourth[i]
+            done += 4
+        else:
+            a, first = coefficients[done], bank_write[slots[done]]
+            if begins:
+                for i in range(d):
+                    out[i] = a * first[i]
+            else:
+                for i in range(d):
+                    out[i] += a * first[i]
+            done += 1
+
+
+@_jit
 def edit_tokens(
+    form: int,
+    hidden_at: int,
+    residual_at: int,
+    n: int,
+    index: I64,
+    loaded: bool,
     h: F32,
-    token_program: npt.NDArray[np.int32],
-    token_selected: npt.NDArray[np.uint64],
-    token_open: npt.NDArray[np.uint64],
+    token_program: I32,
+    token_selected: U64,
+    token_open: U64,
     width: int,
     members: F32,
     joint: F32,
-    joint_fired: npt.NDArray[np.uint64],
-    program_channels: npt.NDArray[np.int32],
-    channel_read: npt.NDArray[np.int8],
-    channel_slot: npt.NDArray[np.int32],
-    channel_norm: npt.NDArray[np.int8],
-    channel_member: npt.NDArray[np.int32],
-    channel_ops: npt.NDArray[np.int32],
-    channel_remaps: npt.NDArray[np.bool_],
-    op_kind: npt.NDArray[np.int8],
+    joint_fired: U64,
+    programs: I32,
+    channels: I32,
+    channel_ops: I32,
+    op_ints: I32,
     op_values: F32,
-    op_slots: npt.NDArray[np.int32],
-    op_unit: npt.NDArray[np.int8],
-    op_active: npt.NDArray[np.bool_],
-    op_need: npt.NDArray[np.uint64],
-    op_gates: npt.NDArray[np.uint64],
-    op_intervention: npt.NDArray[np.int8],
+    op_masks: U64,
     program_dose: F32,
-    program_refuses: npt.NDArray[np.bool_],
+    program_refuses: Flags,
     bank_read: F32,
     bank_write: F32,
     bank_gate: F32,
     delta: F32,
-    fired: npt.NDArray[np.uint64],
+    fired: U64,
     dose: F32,
     flags: npt.NDArray[np.uint8],
-    written: npt.NDArray[np.bool_],
+    written: Flags,
 ) -> int:
-    """Deltas of all tokens at one layer; returns how many tokens have a non-zero one.
+    """Edit the planned tokens at one layer, in place; returns how many were written to.
+
+    A token whose delta is not zero becomes dtype(h + delta); with a residual, that becomes the residual and hidden zero. No
+    other token is touched. Arrays by token may be longer than ``n``.
 
     Args:
-        h: pre-edit residual stream, fp32 ``[n, d]``.
-        token_program: which program each token runs ``[n]``; -1 for none.
-        token_selected: bit s set = selector s of that program selects the token ``[n]``.
-        token_open: bit g set = gate g of that program at this layer is open at the token ``[n]``.
+        form: where the stream is: FLOAT32 or BFLOAT16, in tensors of that type, contiguous ``[tokens, d]``; or PREPARED.
+        hidden_at, residual_at: addresses of these tensors; the stream is their sum, rounded to their type. Residual 0:
+            hidden is the stream.
+        n: number of planned tokens.
+        index: where each stands in the tensors.
+        loaded, h: whether ``h [n, d]`` is the stream before the edit, as :func:`load_tokens` leaves it; it will be the stream
+            after it (PREPARED: not rounded, and all that is written). Else ``h [1, d]`` is scratch.
+        token_program: which program each token runs; -1 for none.
+        token_selected: bit s set = selector s of that program selects the token.
+        token_open: bit g set = gate g of that program at this layer is open at the token.
         width: most ops of one channel.
         members: activations of latents whose membership was decided elsewhere, ``[n, m]``.
         joint, joint_fired: what the JOINT channels do to each token ``[n, d]``, and who did it ``[n]`` (0: nothing is
             there to read); both empty when no program has any.
-        program_channels: CSR ``[programs + 1]`` into the channel arrays ``[channels]``.
-        channel_ops: CSR ``[channels + 1]`` into the op arrays ``[ops]``; ``op_values`` is (alpha, beta, lo, hi, strength, gamma),
-            ``op_slots`` the bank slots of a gain table, a remap's source (MEMBER: column of ``members``) and its mean row
-            (-1 where there is none); ``channel_remaps`` says whether any op of a channel is a remap.
+        programs: CSR ``[programs + 1]`` into ``channels [channels, CHANNEL_COLUMNS]``.
+        channel_ops: CSR ``[channels + 1]`` into ``op_ints [ops, OP_COLUMNS]``, ``op_values [ops, OP_VALUES]`` and
+            ``op_masks [ops, OP_MASKS]``.
         program_dose, program_refuses: bound on ||delta||/||h||, and whether exceeding it is an error.
         bank_read, bank_write, bank_gate: ``[slots, d]``, ``[slots, d]``, ``[slots, 4]``.
-        delta, fired, dose, flags, written: outputs, ``[n, d]`` and ``[n]``; fully overwritten.
+        delta: output ``[n, d]``, of the tokens that were written to; or fewer rows, then used in turn.
+        fired, dose, flags, written: outputs by token.
     """
-    n, d = h.shape
+    d = delta.shape[1]
     views = np.empty((CENTRE + 1, d), np.float32)
     back = np.empty(CENTRE + 1, np.float32)
     terms = np.empty(width, np.float32)
     mean_slot, mean = np.empty(1, np.int64), np.empty(1, np.float32)
+    longest = 0
+    for program in range(programs.shape[0] - 1):
+        longest = max(longest, programs[program + 1] - programs[program])
+    acting, sums = np.empty(longest, np.int64), np.empty(longest, np.float32)
+    coefficients, slots = np.empty(longest, np.float32), np.empty(longest, np.int64)
     n_written = 0
     for t in range(n):
         fired[t] = 0
@@ -387,32 +532,45 @@ def edit_tokens(
         program = token_program[t]
         if program < 0 or token_selected[t] == 0:
             continue
-        first, last = program_channels[program], program_channels[program + 1]
+        first, last = programs[program], programs[program + 1]
         if first == last:
             continue
-        ht = h[t]
-        dt = delta[t]
+        ht = h[t % h.shape[0]]
+        if not loaded:
+            _load(form, hidden_at, residual_at, index[t], ht)
+        dt = delta[t % delta.shape[0]]
         norm = np.float32(-1.0)
         back[:] = np.float32(-1.0)
         mean_slot[0] = -1
         bits, opened = token_selected[t], token_open[t]
-        any_write = False
-        if joint.shape[0] and joint_fired[t] != 0:
-            fired[t] = joint_fired[t]
-            dt[:] = joint[t]
-            any_write = True
+        who = np.uint64(0)
+        n_rows = 0
+        # All sums first: no branch waits for one of them, so the rows behind it are on their way from memory already.
+        n_acting = 0
         for c in range(first, last):
-            kind = channel_read[c]
+            kind = channels[c, READ]
             if kind == JOINT:
                 continue
             acts = False
             for o in range(channel_ops[c], channel_ops[c + 1]):
-                if bits & op_need[o] == op_need[o] and opened & op_gates[o] == op_gates[o]:
+                if _acts(op_masks, o, bits, opened):
                     acts = True
                     break
             if not acts:
                 continue
-            slot = channel_slot[c]
+            acting[n_acting] = c
+            if kind == DOT:
+                sums[n_acting] = _dot(bank_read[channels[c, SLOT]], ht)
+            elif kind >= LATENT:
+                how = channels[c, INPUT_NORM]
+                if how != PLAIN_INPUT and back[how] < 0:
+                    back[how] = _normalise(ht, how, views[how])
+                if kind == LATENT:
+                    sums[n_acting] = _dot(bank_read[channels[c, SLOT]], ht if how == PLAIN_INPUT else views[how])
+            n_acting += 1
+        for k in range(n_acting):
+            c = acting[k]
+            kind, slot = channels[c, READ], channels[c, SLOT]
             scale = np.float32(1.0)
             a = np.float32(0.0)
             if kind == NORM:
@@ -420,20 +578,18 @@ def edit_tokens(
                     norm = np.float32(math.sqrt(_dot(ht, ht)))
                 scale = norm
             elif kind == DOT:
-                a = np.float32(_dot(bank_read[slot], ht))
+                a = sums[k]
             elif kind >= LATENT:
                 view = ht
-                how = channel_norm[c]
+                how = channels[c, INPUT_NORM]
                 if how != PLAIN_INPUT:
                     view = views[how]
-                    if back[how] < 0:
-                        back[how] = _normalise(ht, how, view)
                     scale = back[how]
                 if kind == MEMBER:
-                    a = members[t, channel_member[c]]
+                    a = members[t, channels[c, MEMBER_COLUMN]]
                 else:
-                    a = np.float32(_activation(_dot(bank_read[slot], view), bank_gate[slot]))
-                if channel_remaps[c]:
+                    a = np.float32(_activation(sums[k], bank_gate[slot]))
+                if channels[c, REMAPS]:
                     if norm < 0:
                         norm = np.float32(math.sqrt(_dot(ht, ht)))
                     _terms(
@@ -442,13 +598,9 @@ def edit_tokens(
                         opened,
                         channel_ops[c],
                         channel_ops[c + 1],
-                        op_kind,
+                        op_ints,
                         op_values,
-                        op_slots,
-                        op_unit,
-                        op_active,
-                        op_need,
-                        op_gates,
+                        op_masks,
                         norm,
                         scale,
                         view,
@@ -466,35 +618,31 @@ def edit_tokens(
                 opened,
                 channel_ops[c],
                 channel_ops[c + 1],
-                op_kind,
+                op_ints,
                 op_values,
-                op_slots,
-                op_unit,
-                op_active,
-                op_need,
-                op_gates,
-                op_intervention,
+                op_masks,
                 bank_read,
                 terms,
             )
             coefficient = scale * (x - a)
             if coefficient == 0:
                 continue
-            fired[t] |= changed
-            write = bank_write[slot]
-            if any_write:
-                for i in range(d):
-                    dt[i] += coefficient * write[i]
-            else:
-                for i in range(d):
-                    dt[i] = coefficient * write[i]
-                any_write = True
-        if not any_write:
-            fired[t] = 0
+            who |= changed
+            coefficients[n_rows], slots[n_rows] = coefficient, slot
+            n_rows += 1
+        jointly = joint.shape[0] > 0 and joint_fired[t] != 0
+        if not jointly and n_rows == 0:
             continue
+        _add_rows(coefficients, slots, n_rows, bank_write, dt)
+        if jointly:
+            who |= joint_fired[t]
+            if n_rows:
+                for i in range(d):
+                    dt[i] += joint[t, i]
+            else:
+                dt[:] = joint[t]
         size = np.float32(math.sqrt(_dot(dt, dt)))
         if size == 0:
-            fired[t] = 0
             continue
         if norm < 0:
             norm = np.float32(math.sqrt(_dot(ht, ht)))
@@ -509,8 +657,10 @@ def edit_tokens(
                 for i in range(d):
                     dt[i] *= shrink
                 ratio = bound
+        fired[t] = who
         dose[t] = ratio
         written[t] = True
+        _store(form, hidden_at, residual_at, index[t], ht, dt)
         n_written += 1
     return n_written
 
@@ -591,3 +741,44 @@ def read_features(
                         _normalise(h[t], norm, view)
                         seen |= 1 << norm
                 out[t, j - first] = _activation(_dot(bank_read[slot], view), bank_gate[slot])
+
+
+@_jit
+def read_listed(
+    h: F32,
+    token_program: I32,
+    token_selected: U64,
+    read_ptr: I32,
+    read_rows: I32,
+    read_bits: U64,
+    bank_read: F32,
+    bank_gate: F32,
+    out: F32,
+) -> None:
+    """What inspections list: ``out[t, j]`` is the j-th number that token t's own request asks for, NaN where unselected.
+
+    Args:
+        h: fp32 ``[n, d]``.
+        read_ptr: CSR ``[residents + 1]`` into ``read_rows [reads, READ_COLUMNS]`` and ``read_bits`` (the inspection's
+            selector).
+        out: ``[n, columns]``.
+    """
+    views = np.empty((CENTRE + 1, h.shape[1]), np.float32)
+    for t in range(h.shape[0]):
+        first, last = read_ptr[token_program[t]], read_ptr[token_program[t] + 1]
+        seen = 0
+        for j in range(first, last):
+            if token_selected[t] & read_bits[j] == 0:
+                out[t, j - first] = np.nan
+                continue
+            slot, norm = read_rows[j, READ_SLOT], read_rows[j, READ_NORM]
+            if norm == STREAM:
+                out[t, j - first] = h[t, slot]
+                continue
+            view = h[t]
+            if norm != PLAIN_INPUT:
+                view = views[norm]
+                if not seen & (1 << norm):
+                    _normalise(h[t], norm, view)
+                    seen |= 1 << norm
+            out[t, j - first] = _activation(_dot(bank_read[slot], view), bank_gate[slot])

@@ -162,6 +162,22 @@ def _remember(
 
 
 @_jit
+def _copy_cells(memories: I64, conclusions: I64, actions: I64, cells: I64, into: I64) -> None:
+    """The cells of these alone: those of other layers are at another token."""
+    for m in range(memories.shape[0]):
+        cell = memories[m, 6]
+        into[cell] = cells[cell]
+        if memories[m, 1] == WINDOW:
+            for k in range((memories[m, 5] + 63) // 64):
+                into[cell + 1 + k] = cells[cell + 1 + k]
+    for c in range(conclusions.shape[0]):
+        if conclusions[c, 1] >= 0:
+            into[conclusions[c, 1]] = cells[conclusions[c, 1]]
+    for a in range(actions.shape[0]):
+        into[actions[a, 3]] = cells[actions[a, 3]]
+
+
+@_jit
 def run_stage(
     segments: I64,
     pointers: I64,
@@ -185,6 +201,7 @@ def run_stage(
     block_size: int,
     kept: U64,
     cells: I64,
+    before: I64,
     held: U64,
     remembered: U64,
     concluded: U64,
@@ -212,6 +229,7 @@ def run_stage(
         blocks, block_size: KV blocks by batch row; 0 where nothing is kept with the KV.
         kept: proposition bits by KV slot, ``[slots, words]``: bit i is proposition i of the layer.
         cells: state of all resident requests.
+        before: output, likewise: as it is before the first of the segments' own tokens.
         held, remembered, concluded, active: bits by row ``[rows, words]``, set here as far as they are this layer's.
         scores: by planned token and proposition number.
         opened: by planned token, ORed with the gates that are open.
@@ -261,6 +279,14 @@ def run_stage(
                         _set(held[segments[s, ROW] + i], propositions[p, 0])
         for i in range(back + segments[s, N_TOKENS]):
             position, row = start - back + i, segments[s, ROW] + i
+            if i == back:
+                _copy_cells(
+                    memories[pointers[q, AT_MEMORIES] : pointers[q + 1, AT_MEMORIES]],
+                    conclusions[pointers[q, AT_CONCLUSIONS] : pointers[q + 1, AT_CONCLUSIONS]],
+                    actions[pointers[q, AT_ACTIONS] : pointers[q + 1, AT_ACTIONS]],
+                    cells,
+                    before,
+                )
             if position == 0:
                 continue
             ended = position >= prompt_len[q] - 1

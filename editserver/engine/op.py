@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import torch
 
-from editserver.engine.worker import EngineWorker
+from editserver.engine.engine import Engine
 
 _library = torch.library.Library("editserver", "FRAGMENT")
 _library.define("edit(Tensor(a!) hidden, Tensor(b!) residual, int layer) -> ()")
 _library.define("edit_stream(Tensor(a!) hidden, int layer) -> ()")
 
-_worker: EngineWorker | None = None
+_worker: Engine | None = None
 
 
-def install(worker: EngineWorker) -> None:
+def install(worker: Engine) -> None:
     """Make ``worker`` the one that this process's ops act through."""
     global _worker
     _worker = worker
 
 
-def current() -> EngineWorker | None:
+def current() -> Engine | None:
     """The worker installed in this process, if any."""
     return _worker
 
 
-def _require() -> EngineWorker:
+def _require() -> Engine:
     if _worker is None:
         raise RuntimeError("an armed layer ran in a process that has no editserver engine")
     return _worker
@@ -52,7 +52,8 @@ def _edit_stream_fake(hidden: torch.Tensor, layer: int) -> None:
     return None
 
 
-_library.impl("edit", _edit, "CPU")
-_library.impl("edit_stream", _edit_stream, "CPU")
+for _key in ("CPU", "CUDA"):  # which engine is installed decides what runs, not the key
+    _library.impl("edit", _edit, _key)
+    _library.impl("edit_stream", _edit_stream, _key)
 torch.library.register_fake("editserver::edit", _edit_fake, lib=_library)
 torch.library.register_fake("editserver::edit_stream", _edit_stream_fake, lib=_library)

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from editserver.engine.kernel_plan import select_tokens
 from editserver.engine.resident import Resident, ResidentSet
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Segment:
     """The tokens of one request in this step: a slice of the plan's compact arrays, at consecutive positions.
 
@@ -34,20 +33,20 @@ class Plan:
     Attributes:
         active: whether any token of this step belongs to a request with a program or an inspection.
         n: number of planned tokens; the compact arrays below are valid up to it.
-        index: where each planned token stands in the flat batch, int64 ``[n]``, ascending.
-        dense: whether the planned tokens are the first ``n`` of the batch without a gap.
-        request: resident index of each planned token, int32 ``[n]``.
-        selected: selector bits of each planned token, uint64 ``[n]``.
+        stop: the flat batch has at least so many tokens: the last planned one is right before.
+        all_places: where each planned token stands in the flat batch, int64, ascending; valid up to ``n``.
+        all_requests: resident index of each planned token, int32; valid up to ``n``.
+        all_selected: selector bits of each planned token, uint64; valid up to ``n``.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        self._index: npt.NDArray[np.int64] = np.zeros(max_tokens, np.int64)
-        self._request: npt.NDArray[np.int32] = np.zeros(max_tokens, np.int32)
-        self._selected: npt.NDArray[np.uint64] = np.zeros(max_tokens, np.uint64)
+        self.all_places: npt.NDArray[np.int64] = np.zeros(max_tokens, np.int64)
+        self.all_requests: npt.NDArray[np.int32] = np.zeros(max_tokens, np.int32)
+        self.all_selected: npt.NDArray[np.uint64] = np.zeros(max_tokens, np.uint64)
         self.segments: list[Segment] = []
         self.active = False
-        self.dense = False
-        self.n = 0
+        self.n = self.stop = 0
+        self._known: tuple[int, Sequence[str], list[int], npt.NDArray[np.int32]] = (-1, (), [], np.zeros(0, np.int32))
 
     def clear(self) -> None:
         """No token is edited or read until the next :meth:`build`."""
@@ -75,9 +74,8 @@ class Plan:
         if not residents.requests:
             return
         residents.refresh()
-        index = residents.index
-        rows = np.array([index.get(r, -1) for r in request_ids], np.int32)
-        if (rows < 0).all():
+        index, rows = self._rows(residents, request_ids)
+        if max(index, default=-1) < 0:
             return
         table = residents.selectors
         self.n = select_tokens(
@@ -91,38 +89,48 @@ class Plan:
             table.id_ptr,
             table.ids,
             table.bos,
-            self._index,
-            self._request,
-            self._selected,
+            self.all_places,
+            self.all_requests,
+            self.all_selected,
         )
+        if not self.n:
+            return
+        starts = query_start.tolist()
         at = 0
-        for row, q in enumerate(rows.tolist()):
-            if q < 0:
-                continue
-            start, stop = int(query_start[row]), int(query_start[row + 1])
-            if start == stop:
+        for row, q in enumerate(index):
+            start, stop = starts[row], starts[row + 1]
+            if q < 0 or start == stop:
                 continue
             segment = slice(at, at + stop - start)
             resident = residents.requests[request_ids[row]]
             first = int(positions[start])
             self.segments.append(Segment(resident, q, segment, first, row))
             if resident.history is not None:
-                self._selected[segment] |= resident.history.take(first, token_ids[start:stop])
+                self.all_selected[segment] |= resident.history.take(first, token_ids[start:stop])
             at = segment.stop
-        self.dense = self.n > 0 and int(self._index[self.n - 1]) == self.n - 1
-        self.active = self.n > 0
+        self.stop = int(self.all_places[self.n - 1]) + 1
+        self.active = True
+
+    def _rows(self, residents: ResidentSet, request_ids: Sequence[str]) -> tuple[list[int], npt.NDArray[np.int32]]:
+        """Resident index of every row of the batch, -1 for none: mostly the same as in the step before."""
+        version, names, index, rows = self._known
+        if version != residents.version or names != request_ids:
+            index = [residents.index.get(name, -1) for name in request_ids]
+            rows = np.array(index, np.int32)
+            self._known = residents.version, list(request_ids), index, rows
+        return index, rows
 
     @property
-    def index(self) -> torch.Tensor:
-        """See the class."""
-        return torch.from_numpy(self._index[: self.n])
+    def places(self) -> npt.NDArray[np.int64]:
+        """``all_places`` of this step, ``[n]``."""
+        return self.all_places[: self.n]
 
     @property
     def request(self) -> npt.NDArray[np.int32]:
-        """See the class."""
-        return self._request[: self.n]
+        """``all_requests`` of this step, ``[n]``."""
+        return self.all_requests[: self.n]
 
     @property
     def selected(self) -> npt.NDArray[np.uint64]:
-        """See the class."""
-        return self._selected[: self.n]
+        """``all_selected`` of this step, ``[n]``."""
+        return self.all_selected[: self.n]

@@ -10,9 +10,9 @@ from __future__ import annotations
 def register() -> None:
     """Install the wraps; idempotent. Raises when the installed vLLM is not one this editserver knows."""
     from editserver.engine.compat import core, handshake, llvmlite_guard, load, signatures
-    from editserver.engine.compat.version import check_vllm
+    from editserver.engine.compat.version import ENGINE, check_vllm
 
-    check_vllm()
+    check_vllm(ENGINE)
     signatures.check()
     llvmlite_guard.install()
     core.install()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 import sae_weights
@@ -34,6 +35,11 @@ class Dictionaries:
     def digests(self) -> list[str]:
         """Digests of all dictionaries, sorted."""
         return sorted(self._saes)
+
+    @property
+    def whole(self) -> list[str]:
+        """Digests of those that the full-encode path may keep in memory, sorted."""
+        return sorted(self._full)
 
     def __getitem__(self, digest: str) -> sae_weights.SAE:
         try:
@@ -82,9 +88,10 @@ class RowBank:
     """Read row, write row and gate of every slot, fp32, at fixed addresses: ``[rows, d]``, ``[rows, d]``, ``[rows, 4]``."""
 
     def __init__(self, rows: int, d_model: int, dictionaries: Dictionaries) -> None:
-        self.read = torch.zeros(rows, d_model)
-        self.write = torch.zeros(rows, d_model)
+        self.read = torch.from_numpy(np.zeros((rows, d_model), np.float32))
+        self.write = torch.from_numpy(np.zeros((rows, d_model), np.float32))
         self.gate = torch.zeros(rows, 4)
+        self._arrays = self.read.numpy(), self.write.numpy(), self.gate.numpy()
         self._content: list[str | None] = [None] * rows
         self._dictionaries = dictionaries
 
@@ -96,28 +103,32 @@ class RowBank:
     def upload(self, keys: Sequence[str], slots: Sequence[int], vectors: Mapping[str, bytes]) -> int:
         """Make ``slots[i]`` hold the row ``keys[i]``; rows that are already there stay. Returns how many were written."""
         missing = [(k, s) for k, s in zip(keys, slots, strict=True) if self._content[s] != k]
-        features: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for _, slot in missing:
+            self._content[slot] = None  # nobody's until all is written: a row may turn out to be unreadable
+        read, write, gate = self._arrays
+        features: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for key, slot in missing:
             if key in vectors:
-                values = torch.frombuffer(bytearray(vectors[key]), dtype=torch.float32)
-                if values.shape != self.read[slot].shape:
-                    raise ValueError(f"row {key[:14]}… has {values.numel()} values, expected {self.read.shape[1]}")
-                self.read[slot] = values
-                self.write[slot] = values
-                self.gate[slot] = 0.0
+                values = np.frombuffer(vectors[key], np.float32)
+                if len(values) != read.shape[1]:
+                    raise ValueError(f"row {key[:14]}… has {len(values)} values, expected {read.shape[1]}")
+                read[slot] = write[slot] = values
+                gate[slot] = 0.0
             elif key.startswith("m:"):
-                self.read[slot], bias = self._dictionaries.mean(key.removeprefix("m:"))
-                self.write[slot] = 0.0
-                self.gate[slot] = torch.tensor([float(bias), 0.0, 0.0, 0.0])
+                mean, bias = self._dictionaries.mean(key.removeprefix("m:"))
+                read[slot], write[slot] = mean.numpy(), 0.0
+                gate[slot] = float(bias), 0.0, 0.0, 0.0
             else:
                 digest, index = parse_feature_key(key)
-                features[digest].append((index, slot))
-        for digest, wanted in features.items():
-            rows = self._dictionaries[digest].rows([index for index, _ in wanted])
-            at = torch.tensor([slot for _, slot in wanted])
-            self.read[at] = rows.encoder
-            self.write[at] = rows.decoder
-            self.gate[at] = torch.stack((rows.gate_bias, rows.threshold, rows.mag_scale, rows.mag_bias), dim=1)
+                indices, into = features[digest]
+                indices.append(index)
+                into.append(slot)
+        for digest, (indices, into) in features.items():
+            found, at = self._dictionaries[digest].rows(indices), np.array(into)
+            read[at] = found.encoder.numpy()
+            write[at] = found.decoder.numpy()
+            gates = found.gate_bias, found.threshold, found.mag_scale, found.mag_bias
+            gate[at] = torch.stack(gates, dim=1).numpy()
         for key, slot in missing:
             self._content[slot] = key
         return len(missing)

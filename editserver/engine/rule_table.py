@@ -31,17 +31,20 @@ class RuleRun:
     Attributes:
         program: the rules.
         cells: state, int64: of every memory, every latch, every action. A view into the cells of all residents.
+        before: as it was before the latest step; likewise.
         next: position of the token that continues the state; -1 while a step is under way.
+        first: position of the first token of the latest step: it continues ``before``.
         words: 64-bit words for the bits of all propositions, conclusions and actions.
     """
 
     def __init__(self, program: RuleProgram) -> None:
         self.program = program
-        self.next = 0
+        self.next = self.first = 0
         sizes = [_cells_of(memory) for memory in program.memories]
         self._memories = np.cumsum([0, *sizes]).tolist()
         self._actions = self._memories[-1] + len(program.conclusions)
         self.cells: Array = np.zeros(self._actions + len(program.actions), np.int64)
+        self.before: Array = self.cells.copy()
         self.words = tuple(
             (len(part) + 63) // 64 for part in (program.propositions, program.conclusions, program.actions)
         )
@@ -50,6 +53,19 @@ class RuleRun:
     def of(cls, program: Program | None) -> RuleRun | None:
         """None where there are no rules."""
         return cls(program.rules) if program is not None and program.rules is not None else None
+
+    def go_to(self, position: int) -> int:
+        """Bring the state to ``position``, or to where it is known before; how many tokens are missing from there on.
+
+        A step may have run over drafts that were rejected: then the state before that step counts.
+        """
+        if self.next == position and position:
+            return 0
+        if self.next < 0 or self.first > position:
+            self.cells[:] = 0
+            return position
+        self.cells[:] = self.before
+        return position - self.first
 
     def memory_cell(self, number: int) -> int:
         """First cell of a memory."""
@@ -261,13 +277,14 @@ class ResidentRules:
 
     Attributes:
         tables: armed layer → its table, None where rules neither decide nor open anything.
-        cells: the state of all; each request's run holds a view.
+        cells, before: the state of all, now and before the latest step; each request's run holds a view.
         prompt_len, n_propositions: int64 ``[residents]``.
         words: most 64-bit words that one request needs for propositions, memories, conclusions, actions.
     """
 
     tables: dict[int, RuleTable | None]
     cells: Array
+    before: Array
     prompt_len: Array
     n_propositions: Array
     words: tuple[int, int, int, int]
@@ -278,21 +295,22 @@ class ResidentRules:
         runs = [resident.rules for resident in residents]
         if not any(runs):
             none = np.zeros(0, np.int64)
-            return cls(dict.fromkeys(armed), none, none, none, (1, 1, 1, 1))
+            return cls(dict.fromkeys(armed), none, none, none, none, (1, 1, 1, 1))
         sizes = [len(run.cells) if run else 0 for run in runs]
         bases = np.cumsum([0, *sizes]).tolist()
-        cells = np.zeros(bases[-1], np.int64)
+        cells, before = (np.zeros(bases[-1], np.int64) for _ in range(2))
         for base, run in zip(bases, runs, strict=False):
             if run is not None:
-                here = cells[base : base + len(run.cells)]
-                here[:] = run.cells
-                run.cells = here
+                here = slice(base, base + len(run.cells))
+                cells[here], before[here] = run.cells, run.before
+                run.cells, run.before = cells[here], before[here]
         programs = [run.program for run in runs if run is not None]
         parts = [(p.propositions, p.memories, p.conclusions, p.actions) for p in programs]
         words = [max(1, *((len(part[i]) + 63) // 64 for part in parts)) for i in range(4)]
         return cls(
             {layer: RuleTable.build(residents, layer, dictionaries, bases) for layer in armed},
             cells,
+            before,
             np.array([resident.prompt_len for resident in residents], np.int64),
             np.array([len(run.program.propositions) if run else 0 for run in runs], np.int64),
             (words[0], words[1], words[2], words[3]),

@@ -2,8 +2,9 @@
 
 The bits of propositions are kept with the KV cache by slot and layer, as the hit bits of gates are (see
 :mod:`editserver.engine.gates`): salts hold the digest of the program, so whoever shares a cached block numbers its bits
-alike. Everything else is state of the resident request. Where its tokens do not continue what the state has seen (a cached
-prefix, recomputation after a preemption), the stage of each layer goes through all earlier tokens again, over their bits.
+alike. Everything else is state of the resident request, as it is after a step and as it was before it. Where its tokens do
+not continue what the state has seen (rejected drafts, a cached prefix, recomputation after a preemption), the stage of each
+layer goes through the tokens in between again, over their bits: those of one step after drafts, all earlier ones at worst.
 """
 
 from __future__ import annotations
@@ -72,15 +73,11 @@ class RuleStep:
         for segment in self._segments:
             run = segment.resident.rules
             assert run is not None
-            first, n, back = segment.first_position, segment.tokens.stop - segment.tokens.start, 0
-            if run.next != first or first == 0:
-                if first and blocks is None:
-                    message = (
-                        f"request {segment.resident.request_id} continues at position {first} behind tokens that its"
-                    )
-                    raise RuntimeError(message + " rules did not see")
-                run.cells[:] = 0
-                back = first
+            first, n = segment.first_position, segment.tokens.stop - segment.tokens.start
+            back = run.go_to(first)
+            if back and blocks is None:
+                message = f"request {segment.resident.request_id} continues at position {first} behind tokens that its"
+                raise RuntimeError(message + " rules did not see")
             run.next = -1  # a step that ends half way leaves no state to go on from
             rows.append((segment.index, segment.tokens.start, n, first, back, row, segment.row))
             row += back + n
@@ -147,6 +144,7 @@ class RuleStep:
             size,
             kept,
             self._rules.cells,
+            self._rules.before,
             self._held,
             self._remembered,
             self._concluded,
@@ -166,7 +164,7 @@ class RuleStep:
         ):
             run = segment.resident.rules
             assert run is not None
-            run.next = start + n
+            run.first, run.next = start, start + n
             here = slice(row, row + back + n)
             bits = zip((self._held, self._concluded, self._active), run.words, strict=True)
             held, concluded, active = (array[here, :words].tobytes() for array, words in bits)

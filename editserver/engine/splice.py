@@ -7,7 +7,8 @@ other layer. The layers are located in two independent ways that must agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,11 +70,46 @@ def locate(model: nn.Module, n_layers: int, attention_names: Iterable[str]) -> d
     return shape
 
 
-def _armed_class(base: type[nn.Module], layer: int) -> type[nn.Module]:
+def _positions_of(forward: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """What a layer's ``forward`` is given as ``positions``, or None; its place among the arguments differs by family."""
+    names = list(inspect.signature(forward).parameters)[1:]
+    place = names.index("positions") if "positions" in names else None
+
+    def positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[place] if place is not None and place < len(args) else kwargs.get("positions")
+
+    return positions
+
+
+def _check_stream(output: Any, positions: Any, width: int | None, layer: int) -> None:
+    """Raise UnsupportedModel unless a layer's ``output`` has one row of ``width`` numbers per position.
+
+    A tensor that is the stream itself may be ``[1, tokens, width]``.
+
+    Shapes are all that is looked at: under torch.compile this runs when the layer is traced, and costs nothing after.
+    """
+    alone = isinstance(output, torch.Tensor)
+    shape = output.shape if alone else output[0].shape
+    whole = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1 and (alone or output[1] is None))
+    if not whole or (width is not None and shape[-1] != width):
+        raise UnsupportedModel(
+            f"layer {layer} returns a tensor of shape {tuple(shape)}, not one row of {width or 'd_model'} numbers per token: "
+            "it does not carry one residual stream (several streams per token, or something else)"
+        )
+    if isinstance(positions, torch.Tensor) and shape[-2] != positions.shape[-1]:
+        raise UnsupportedModel(
+            f"layer {layer} returns {shape[-2]} rows for {positions.shape[-1]} positions: the residual stream is shared out "
+            "between ranks (sequence parallelism)"
+        )
+
+
+def _armed_class(base: type[nn.Module], layer: int, width: int | None) -> type[nn.Module]:
     base_forward = base.forward
+    positions = _positions_of(base_forward)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = base_forward(self, *args, **kwargs)
+        _check_stream(output, positions(args, kwargs), width, layer)
         if isinstance(output, torch.Tensor):
             torch.ops.editserver.edit_stream(output, layer)
         elif output[1] is None:
@@ -85,8 +121,12 @@ def _armed_class(base: type[nn.Module], layer: int) -> type[nn.Module]:
     return type(f"Edited{base.__name__}", (base,), {"forward": forward, "editserver_layer": layer})
 
 
-def arm(layers: Mapping[int, nn.Module], armed: Iterable[int]) -> list[int]:
-    """Arm the layers ``armed``; returns those that are now armed. Arming twice is an error."""
+def arm(layers: Mapping[int, nn.Module], armed: Iterable[int], width: int | None = None) -> list[int]:
+    """Arm the layers ``armed``; returns those that are now armed. Arming twice is an error.
+
+    ``width``: of the residual stream. A layer that returns something else than one row of it per position raises
+    UnsupportedModel as soon as it runs or is traced: in the dummy batches of the start.
+    """
     done = []
     for index in armed:
         layer = layers.get(index)
@@ -94,6 +134,6 @@ def arm(layers: Mapping[int, nn.Module], armed: Iterable[int]) -> list[int]:
             raise UnsupportedModel(f"layer {index} cannot be armed: this worker has the layers {sorted(layers)}")
         if hasattr(type(layer), "editserver_layer"):
             raise UnsupportedModel(f"layer {index} is armed already")
-        layer.__class__ = _armed_class(type(layer), index)
+        layer.__class__ = _armed_class(type(layer), index, width)
         done.append(index)
     return done

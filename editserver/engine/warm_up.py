@@ -8,7 +8,14 @@ import numpy as np
 import torch
 
 from editserver.engine.full_encode import warm_up_joint
-from editserver.engine.kernel_cpu import PLAIN_INPUT, hit_tokens, read_features, read_latents
+from editserver.engine.kernel_cpu import (
+    PLAIN_INPUT,
+    READ_COLUMNS,
+    hit_tokens,
+    read_features,
+    read_latents,
+    read_listed,
+)
 from editserver.engine.worker import EngineWorker
 from interventions.program import (
     Channel,
@@ -55,6 +62,9 @@ def warm_up(worker: EngineWorker) -> None:
     read_latents(h, np.zeros(1, np.int32), PLAIN_INPUT, *bank, out)
     none = np.zeros(0, np.int64)
     read_features(h, np.zeros((0, 7), np.int64), none, none, none, *bank, out)
+    pointers, rows = np.zeros(2, np.int32), np.zeros((0, len(READ_COLUMNS)), np.int32)
+    tokens = np.zeros(2, np.int32), np.zeros(2, np.uint64)
+    read_listed(h, *tokens, pointers, rows, np.zeros(0, np.uint64), *bank, out)
     hit_tokens(h, none, np.zeros(0, np.int32), PLAIN_INPUT, np.uint64(1), *bank, np.zeros(2, np.uint64))
     if not all(worker.dictionaries[digest].additive for digest in worker.dictionaries.digests):
         warm_up_joint()

@@ -7,6 +7,7 @@ Out: per request and step one :class:`StepRecord`; the core passes a list of the
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 KEY = "editserver"
 """Our key in ``extra_args``, ``additional_config`` and ``kv_transfer_params``."""
@@ -19,7 +20,8 @@ class RuleRecord(msgspec.Struct, frozen=True, array_like=True):
     """
 
     first: int
-    """Before the step's own ``start`` where the state was made anew: behind a cached prefix, after a preemption."""
+    """Before the step's own ``start`` where the state was not at hand: behind a cached prefix, after a preemption, after
+    rejected drafts."""
     held: bytes
     """uint64 ``[covered, words]``: propositions of ``Program.rules``."""
     concluded: bytes
@@ -28,6 +30,15 @@ class RuleRecord(msgspec.Struct, frozen=True, array_like=True):
     """uint64 ``[covered, words]``: actions."""
     scores: bytes
     """float32: at the step's own positions, of each proposition that holds; by position, then number of the proposition."""
+
+    def cut(self, start: int, n: int, dropped: int) -> RuleRecord:
+        """Without the last ``dropped`` of the positions ``start … start + n − 1``, the step's own."""
+        covered = start + n - self.first
+        held, concluded, active = (
+            bits[: len(bits) // covered * (covered - dropped)] for bits in (self.held, self.concluded, self.active)
+        )
+        own = np.frombuffer(held, np.uint8)[len(self.held) // covered * (start - self.first) :]
+        return RuleRecord(self.first, held, concluded, active, self.scores[: 4 * int(np.unpackbits(own).sum())])
 
 
 class StepRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -46,11 +57,36 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     """uint8 ``[layers, n]``: 1 where the dose was scaled down, 2 where it exceeds a refusing program's bound."""
     reads: tuple[tuple[bytes, bytes, bytes], ...] = ()
     """Per inspection: float32 ``[n, features]``, then top-k int32 ``[n, k]`` and float32 ``[n, k]``."""
-    gates: tuple[tuple[int, float], ...] = ()
-    """Per sequence gate, the program's layers in order: first position at which it was open (-1: never) and its largest
-    statistic, over all the request's tokens up to this step's last."""
+    gates: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """Per sequence gate, the program's layers in order, at the last of the step's tokens (as many as may turn out to be
+    rejected drafts, and one): first position at which it was open so far (-1: never) and its largest statistic so far."""
     rules: RuleRecord | None = None
     """Of a program with rules."""
+
+    def cut(self, n: int) -> StepRecord:
+        """What was done to the first ``n`` tokens; the others turned out not to be the request's (rejected drafts)."""
+        dropped = self.n - n
+        if dropped <= 0:
+            return self
+
+        def head(rows: bytes) -> bytes:
+            return rows[: len(rows) // self.n * n]
+
+        return StepRecord(
+            self.start,
+            n,
+            _cut(self.fired, np.uint64, self.n, n),
+            _cut(self.dose, np.float32, self.n, n),
+            _cut(self.clamped, np.uint8, self.n, n),
+            tuple((head(listed), head(index), head(value)) for listed, index, value in self.reads),
+            tuple(facts[:-dropped] for facts in self.gates),
+            None if self.rules is None else self.rules.cut(self.start, self.n, dropped),
+        )
+
+
+def _cut(data: bytes, dtype: type[np.generic], before: int, n: int) -> bytes:
+    """The first ``n`` columns of ``[layers, before]``."""
+    return np.frombuffer(data, dtype).reshape(-1, before)[:, :n].tobytes()
 
 
 _records = msgspec.msgpack.Decoder(list[StepRecord])

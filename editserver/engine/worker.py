@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from editserver.engine import memory
+from editserver.engine.batch import BlockTable, StepBatch
 from editserver.engine.config import EngineConfig
 from editserver.engine.full_encode import Composed, Demand, serve
 from editserver.engine.gates import Blocks, Hearing, HitMemory
 from editserver.engine.history import History
 from editserver.engine.journal import NOT_SELECTED
-from editserver.engine.kernel_cpu import edit_tokens, read_latents
+from editserver.engine.kernel_cpu import (
+    BFLOAT16,
+    FLOAT32,
+    PREPARED,
+    edit_tokens,
+    load_tokens,
+    read_latents,
+    read_listed,
+)
+from editserver.engine.layer_table import LayerTable
+from editserver.engine.memory import Footprint
+from editserver.engine.outcome import Outcomes
 from editserver.engine.plan import Plan, Segment
-from editserver.engine.resident import LayerTable, Resident, ResidentSet
+from editserver.engine.read_table import is_listed
+from editserver.engine.resident import Resident, ResidentSet
 from editserver.engine.rows import Dictionaries, RowBank
 from editserver.engine.rule_table import RuleRun, RuleTable
 from editserver.engine.rules import KeptBits, RuleStep
 from editserver.engine.wire import RuleRecord, StepRecord
-from interventions.program import STREAM, Payload, Read, feature_key
+from interventions.program import Payload, Read, feature_key
 
 Array = npt.NDArray[Any]
 
 
-@dataclass
-class LayerOutcome:
-    """What happened at one layer in this step, over the plan's compact tokens ``[n]``."""
-
-    fired: Array
-    dose: Array
-    flags: Array
+FORMS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+"""Types that the kernel reads and writes itself."""
 
 
 @dataclass
@@ -45,6 +54,16 @@ class Reading:
     top_value: Array
 
 
+class Stream(NamedTuple):
+    """The residual stream at one layer: the model's tensors, and how the kernel finds it (:func:`edit_tokens`)."""
+
+    form: int
+    hidden: torch.Tensor
+    residual: torch.Tensor | None
+    hidden_at: int
+    residual_at: int
+
+
 class EngineWorker:
     """Everything that one worker process needs in order to edit: rows, resident programs, the plan of the step.
 
@@ -53,7 +72,10 @@ class EngineWorker:
         visits: how often each armed layer's op ran since :meth:`count_visits`; proves that the compiled graph calls it.
     """
 
-    def __init__(self, config: EngineConfig, d_model: int, dtype: torch.dtype, max_tokens: int) -> None:
+    def __init__(
+        self, config: EngineConfig, d_model: int, dtype: torch.dtype, max_tokens: int, drafts: int = 0
+    ) -> None:
+        """``drafts``: most draft tokens of one request in one step (speculation)."""
         self.config = config
         self.d_model = d_model
         self.dtype = dtype
@@ -62,16 +84,25 @@ class EngineWorker:
         self.residents = ResidentSet(self.dictionaries, config.armed)
         self.plan = Plan(max_tokens)
         self.visits: dict[int, int] = dict.fromkeys(config.armed, 0)
-        self._outcomes: dict[int, LayerOutcome] = {}
+        self._outcomes = Outcomes(config.armed, max_tokens)
         self._readings: dict[tuple[int, int], Reading] = {}
-        self._delta = np.zeros((max_tokens, d_model), np.float32)
+        self._listed: dict[tuple[int, bool], Array] = {}
+        self._form = FORMS.get(dtype, PREPARED)
+        self._h = np.empty((max_tokens, d_model), np.float32)
+        self._row, self._delta = (np.empty((1, d_model), np.float32) for _ in range(2))
+        self._written = np.zeros(max_tokens, np.bool_)
         self._closed = np.zeros(max_tokens, np.uint64)
+        self._nothing = Composed.empty(0, d_model, 0, False)
+        self._rows = self.bank.read.numpy(), self.bank.write.numpy(), self.bank.gate.numpy()
         self._memory = HitMemory()
         self._kept = KeptBits()
         self._rules: RuleStep | None = None
         self._ran: set[int] = set()
         self._blocks: Blocks | None = None
         self._counting = False
+        self._facts = drafts + 1
+        self.agree: Callable[[torch.Tensor], None] | None = None
+        """Makes ``h`` the same on all ranks, in place, where their own differ in rounding (compat/parallel.py)."""
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -91,6 +122,11 @@ class EngineWorker:
     def remove_request(self, request_id: str) -> None:
         """Forget a finished or aborted request."""
         self.residents.remove(request_id)
+
+    def footprint(self) -> Footprint:
+        """What this engine keeps in memory, at most."""
+        whole = [self.dictionaries[digest] for digest in self.dictionaries.whole]
+        return memory.on_cpu(self.config, self.d_model, len(self._h), whole)
 
     @property
     def kept_bytes(self) -> int:
@@ -116,10 +152,25 @@ class EngineWorker:
         self.plan.build(self.residents, request_ids, query_start, positions, token_ids)
         self._rules = RuleStep.of(self.residents.rules, self.plan, blocks, self._kept)
 
-    def idle_step(self) -> None:
+    def begin(self, batch: StepBatch) -> None:
+        """:meth:`begin_step` for a batch that lies on the host."""
+        table = batch.blocks
+        self.begin_step(
+            list(batch.request_ids),
+            batch.query_start.numpy(),
+            batch.positions[: batch.n_tokens].numpy(),
+            batch.token_ids[: batch.n_tokens].numpy(),
+            None if table is None else Blocks(table.blocks.numpy(), table.block_size, table.n_slots),
+        )
+
+    def attach(self, table: BlockTable, slot_mapping: torch.Tensor) -> None:
+        """Nothing: every step says where its KV lies."""
+
+    def idle_step(self, single: bool = False) -> None:
         """The forward pass that follows is a dummy: nothing is edited, nothing is reported."""
-        self._outcomes.clear()
+        self._outcomes.begin()
         self._readings.clear()
+        self._listed.clear()
         self._ran.clear()
         self._rules = None
         self.plan.clear()
@@ -145,41 +196,57 @@ class EngineWorker:
         if not plan.active:
             return
         self._ran.add(layer)
-        table = self.residents.layers[layer]
-        reads = self.residents.reads[layer]
+        residents = self.residents
+        table, reads = residents.layers[layer], residents.reads[layer]
         ruled = self._rules.table(layer) if self._rules is not None else None
         if table is None and not reads and ruled is None:
             return
-        if hidden.shape[-1] != self.d_model or hidden.shape[0] < plan.n:
+        if hidden.shape[-1] != self.d_model or hidden.shape[0] < plan.stop:
             raise RuntimeError(
-                f"layer {layer} returned a hidden state of shape {tuple(hidden.shape)} for a plan of {plan.n} tokens of "
-                f"width {self.d_model}: this model's layers do not carry the whole residual stream"
+                f"layer {layer} returned a hidden state of shape {tuple(hidden.shape)} for a plan up to token {plan.stop} "
+                f"of width {self.d_model}: this model's layers do not carry the whole residual stream"
             )
-        if plan.dense:
-            at: slice | torch.Tensor = slice(0, plan.n)
-        else:
-            at = plan.index
-        stream = hidden[at].float()
-        if residual is not None:
-            stream = stream + residual[at].float()
-        h = stream.to(self.dtype).float() if self.dtype != torch.float32 else stream
-        demands = self._read([(i, n, read) for i, n, read in reads if not read.after], h)
+        stream = self._stream(hidden, residual)
+        if self.agree is None and table is not None and not (reads or ruled or table.uses or table.listeners):
+            self._edit(layer, table, self._nothing, self._closed, stream, stream.form == PREPARED)
+            return
+        h = torch.from_numpy(self._h[: plan.n])
+        if stream.form != PREPARED:
+            load_tokens(stream.form, stream.hidden_at, stream.residual_at, plan.places, self._h[: plan.n])
+        if self.agree is not None:
+            self.agree(h)
+        demands = self._read(layer, reads, False, h)
         if table is None:
             if ruled is not None:
                 self._open(layer, None, ruled, h, demands)
             else:
                 serve(demands, self.dictionaries, h)
-            edited = h
         else:
-            composed = Composed.empty(plan.n, self.d_model, table)
+            composed = Composed.empty(plan.n, self.d_model, table.n_members, table.has_joint)
             demands += composed.demands(table, plan, self.dictionaries, h, self.bank)
-            opened = self._closed[: plan.n]
+            opened = self._closed
             if table.listeners or ruled is not None:
                 opened = self._open(layer, table, ruled, h, demands)
                 demands = composed.demands(table, plan, self.dictionaries, h, self.bank, opened)
             serve(demands, self.dictionaries, h)
-            edited = self._edit(layer, table, composed, opened, h, at, hidden, residual)
-        serve(self._read([(i, n, read) for i, n, read in reads if read.after], edited), self.dictionaries, edited)
+            self._edit(layer, table, composed, opened, stream, True)
+        serve(self._read(layer, reads, True, h), self.dictionaries, h)
+
+    def _stream(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> Stream:
+        """What the kernel needs to know of the layer's tensors; what it cannot read is read for it."""
+        readable = hidden.dtype is self.dtype and hidden.is_contiguous()
+        if residual is not None:
+            readable = readable and residual.dtype is self.dtype and residual.is_contiguous()
+        if readable and self._form != PREPARED:
+            return Stream(
+                self._form, hidden, residual, hidden.data_ptr(), 0 if residual is None else residual.data_ptr()
+            )
+        index = torch.from_numpy(self.plan.places)
+        h = hidden[index].float()
+        if residual is not None:
+            h += residual[index].float()
+        self._h[: self.plan.n] = h.to(self.dtype).float().numpy()
+        return Stream(PREPARED, hidden, residual, 0, 0)
 
     def _open(
         self,
@@ -193,7 +260,9 @@ class EngineWorker:
 
         ``demands`` of others are served along.
         """
-        hearing = Hearing(layer, table, self.plan, self._memory, self._blocks) if table and table.listeners else None
+        hearing = None
+        if table is not None and table.listeners:
+            hearing = Hearing(layer, table, self.plan, self._memory, self._blocks, self._facts)
         wanted = [*demands, *(hearing.demands(h, self.bank) if hearing else ())]
         if ruled is not None and self._rules is not None:
             wanted += self._rules.demands(ruled, h, self.bank)
@@ -204,73 +273,66 @@ class EngineWorker:
         return opened
 
     def _edit(
-        self,
-        layer: int,
-        table: LayerTable,
-        composed: Composed,
-        opened: Array,
-        h: torch.Tensor,
-        at: slice | torch.Tensor,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-    ) -> torch.Tensor:
-        n = self.plan.n
-        outcome = LayerOutcome(np.zeros(n, np.uint64), np.zeros(n, np.float32), np.zeros(n, np.uint8))
-        written = np.zeros(n, np.bool_)
-        delta = self._delta[:n]
+        self, layer: int, table: LayerTable, composed: Composed, opened: Array, stream: Stream, loaded: bool
+    ) -> None:
+        """Edit the tensors; and the stream before it, where ``loaded``, becomes the stream after it."""
+        residents, plan = self.residents, self.plan
+        read, write, gate = self._rows
         count = edit_tokens(
-            h.numpy(),
-            self.plan.request,
-            self.plan.selected,
+            stream.form,
+            stream.hidden_at,
+            stream.residual_at,
+            plan.n,
+            plan.all_places,
+            loaded,
+            self._h if loaded else self._row,
+            plan.all_requests,
+            plan.all_selected,
             opened,
             table.width,
             composed.members,
             composed.joint,
             composed.joint_fired,
             table.programs,
-            table.read,
-            table.slot,
-            table.norm,
-            table.member,
+            table.channels,
             table.channel_ops,
-            table.remaps,
-            *table.ops,
-            self.residents.dose,
-            self.residents.refuses,
-            self.bank.read.numpy(),
-            self.bank.write.numpy(),
-            self.bank.gate.numpy(),
-            delta,
-            outcome.fired,
-            outcome.dose,
-            outcome.flags,
-            written,
+            table.op_ints,
+            table.op_values,
+            table.op_masks,
+            residents.dose,
+            residents.refuses,
+            read,
+            write,
+            gate,
+            self._delta,
+            *self._outcomes.layers[layer],
+            self._written,
         )
-        self._outcomes[layer] = outcome
-        if not count:
-            return h
-        stream = hidden if residual is None else residual
-        if count == n:
-            edited = (h + torch.from_numpy(delta)).to(self.dtype)
-            stream[at] = edited
-            if residual is not None:
-                hidden[at] = 0
-            return edited.float()
-        rows = torch.from_numpy(np.flatnonzero(written))
-        edited = (h[rows] + torch.from_numpy(delta[written])).to(self.dtype)
-        target = rows if isinstance(at, slice) else at[rows]
-        stream[target] = edited
-        if residual is not None:
-            hidden[target] = 0
-        after = h.clone()
-        after[rows] = edited.float()
-        return after
+        if stream.form != PREPARED or not count:
+            return
+        rows = np.flatnonzero(self._written[: plan.n])
+        places, edited = torch.from_numpy(plan.places[rows]), torch.from_numpy(self._h[rows]).to(self.dtype)
+        self._h[rows] = edited.float().numpy()
+        if stream.residual is None:
+            stream.hidden[places] = edited
+        else:
+            stream.residual[places] = edited
+            stream.hidden[places] = 0
 
-    def _read(self, reads: list[tuple[int, int, Read]], h: torch.Tensor) -> list[Demand]:
+    def _read(self, layer: int, reads: list[tuple[int, int, Read]], after: bool, h: torch.Tensor) -> list[Demand]:
         """Read ``h [n, d]`` as far as single rows tell; what needs whole dictionaries is returned, and comes with them."""
         demands: list[Demand] = []
-        segments = {s.index: s for s in self.plan.segments} if reads else {}
+        table = self.residents.listed.get((layer, after))
+        if table is not None:
+            found = self._listed[layer, after] = np.empty((len(h), table.width), np.float32)
+            which = self.plan.request, self.plan.selected
+            read_listed(h.numpy(), *which, table.pointers, table.rows, table.bits, self._rows[0], self._rows[2], found)
+        segments: dict[int, Segment] | None = None
         for index, number, read in reads:
+            if read.after is not after or is_listed(read, self.dictionaries):
+                continue
+            if segments is None:
+                segments = {s.index: s for s in self.plan.segments}
             segment = segments.get(index)
             if segment is not None:
                 demands += self._reading(segment, number, read, h[segment.tokens])
@@ -284,15 +346,12 @@ class EngineWorker:
         top_value = np.zeros((n, read.top_k), np.float32)
         self._readings[segment.index, number] = Reading(listed, top_index, top_value)
         rows = np.flatnonzero(wanted)
-        if read.sae == STREAM:
-            listed[rows] = h.numpy()[rows][:, list(read.features)]
-            return []
         sae = self.dictionaries[read.sae]
         if len(rows) and len(read.features) and sae.row_separable:
             slots = np.array([segment.resident.slots[feature_key(read.sae, f)] for f in read.features], np.int32)
             values = np.empty((len(rows), len(slots)), np.float32)
             norm = self.dictionaries.input_norm(read.sae)
-            read_latents(h.numpy()[rows], slots, norm, self.bank.read.numpy(), self.bank.gate.numpy(), values)
+            read_latents(h.numpy()[rows], slots, norm, self._rows[0], self._rows[2], values)
             listed[rows] = values
         if not len(rows) or not (read.top_k or (len(read.features) and not sae.row_separable)):
             return []
@@ -308,13 +367,18 @@ class EngineWorker:
 
         return [Demand(read.sae, rows + segment.tokens.start, take)]
 
+    def finish(self) -> Callable[[], dict[str, StepRecord]] | None:
+        """The records of the step behind us, made at once; None where nothing was planned."""
+        if not self.plan.active:
+            return None
+        records = self.end_step()
+        return lambda: records
+
     def end_step(self) -> dict[str, StepRecord]:
         """Request id → what this step did to its tokens. Raises if an armed layer that had work did not run."""
         if not self.plan.active:
             return {}
-        due = {layer for layer, table in self.residents.layers.items() if table is not None}
-        due |= {layer for layer, table in self.residents.rules.tables.items() if table is not None}
-        if missed := due - self._ran:
+        if missed := self.residents.due - self._ran:
             raise RuntimeError(
                 f"the edit op of layers {sorted(missed)} did not run in this step: the model is not armed"
             )
@@ -326,27 +390,22 @@ class EngineWorker:
         return records
 
     def _record(self, segment: Segment, rules: RuleRecord | None) -> StepRecord:
-        program = segment.resident.payload.program
-        outcomes = [self._outcomes[lp.layer] for lp in program.layers] if program else []
-        tokens = segment.tokens
-        reads: list[tuple[bytes, bytes, bytes]] = []
-        for number in range(len(segment.resident.payload.reads)):
-            reading = self._readings[segment.index, number]
-            reads.append((reading.listed.tobytes(), reading.top_index.tobytes(), reading.top_value.tobytes()))
-        return StepRecord(
-            segment.first_position,
-            tokens.stop - tokens.start,
-            b"".join(o.fired[tokens].tobytes() for o in outcomes),
-            b"".join(o.dose[tokens].tobytes() for o in outcomes),
-            b"".join(o.flags[tokens].tobytes() for o in outcomes),
-            tuple(reads),
-            tuple(self._gates(segment.resident)),
-            rules,
-        )
+        resident, tokens = segment.resident, segment.tokens
+        fired = dose = clamped = b""
+        if resident.edited:
+            fired, dose, clamped = self._outcomes.tell(resident.edited, tokens, self.plan.n)
+        reads: tuple[tuple[bytes, bytes, bytes], ...] = ()
+        if resident.payload.reads:
+            reads = tuple(self._told(segment, number, read) for number, read in enumerate(resident.payload.reads))
+        facts: tuple[tuple[tuple[int, float], ...], ...] = ()
+        if resident.sequence_gates:
+            facts = tuple(resident.tracks[place].facts for place in resident.sequence_gates)
+        return StepRecord(segment.first_position, tokens.stop - tokens.start, fired, dose, clamped, reads, facts, rules)
 
-    @staticmethod
-    def _gates(resident: Resident) -> Iterator[tuple[int, float]]:
-        """What the record says of each sequence gate."""
-        for place in resident.sequence_gates:
-            track = resident.tracks[place]
-            yield track.open_from, track.largest
+    def _told(self, segment: Segment, number: int, read: Read) -> tuple[bytes, bytes, bytes]:
+        columns = self.residents.columns(segment.index, read.layer, read.after).get(number)
+        if columns is not None:
+            listed = self._listed[read.layer, read.after][segment.tokens, columns[0] : columns[1]]
+            return listed.tobytes(), b"", b""
+        reading = self._readings[segment.index, number]
+        return reading.listed.tobytes(), reading.top_index.tobytes(), reading.top_value.tobytes()

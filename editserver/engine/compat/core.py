@@ -6,7 +6,9 @@
   bound the life of a request: bank rows are held exactly that long. A request whose rows do not fit waits for others.
 * ``Scheduler.update_from_output`` (:2026) turns the runner's output into per-request outputs; records ride along in
   ``kv_transfer_params``, the one open field of that struct, and are taken out again by
-  ``OutputProcessor.process_outputs`` (vllm/v1/engine/output_processor.py:651) before anybody sees them.
+  ``OutputProcessor.process_outputs`` (vllm/v1/engine/output_processor.py:651) before anybody sees them. There, too, the
+  request's tokens are known for good: what was done to rejected drafts, or behind a token that ended the request, is cut off
+  the records. All but the last of a request's tokens were fed and are its own, whatever else was fed.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import functools
 from collections import defaultdict, deque
 from typing import Any
 
+from editserver.engine.abilities import Abilities, Room
 from editserver.engine.bank import BankLedger
 from editserver.engine.compat.kv_groups import whole_group
 from editserver.engine.compat.one_behind import judged
+from editserver.engine.compat.reserved import abilities_of
 from editserver.engine.config import EngineConfig
 from editserver.engine.journal import Journal
 from editserver.engine.salt import edit_salt, plain_salt
@@ -28,14 +32,42 @@ from interventions.program import Payload
 SLOTS = "editserver_slots"
 """Bank slots of the payload's ``row_keys``, added to ``extra_args`` by the core for the workers."""
 
+KNOWN_BYTES = 1 << 16
+"""Larger payloads are decoded whenever they are asked for: vectors, which many requests may bring, are not kept."""
+
+ABILITIES = "editserver_abilities"
+"""Where an ``EngineCore`` keeps what a device's engine can do."""
+
+FORGETFUL = (
+    "with speculative decoding, rules and gates over a sequence need a KV cache that keeps every token, and this model's does "
+    "not (sliding windows or recurrent states alone)"
+)
+"""What a request with either is told on such a server."""
+
 
 class CoreState:
     """What one scheduler knows about edited requests."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, abilities: Abilities | None) -> None:
         self.ledger = BankLedger(config.bank_rows)
+        self.room = Room(abilities) if abilities is not None else None
         self.waiting: deque[Any] = deque()
         self.pending: dict[str, list[StepRecord]] = defaultdict(list)
+
+    def acquire(self, request_id: str, payload: Payload) -> list[int] | None:
+        """Bank slots of the payload's ``row_keys``; None where they, or a device's tables, are too full of others."""
+        if self.room is not None and not self.room.enter(request_id, payload):
+            return None
+        slots = self.ledger.acquire(request_id, payload.row_keys)
+        if slots is None and self.room is not None:
+            self.room.leave(request_id)
+        return slots
+
+    def release(self, request_id: str) -> bool:
+        """Give back what the request holds; False when it held nothing."""
+        if self.room is not None:
+            self.room.leave(request_id)
+        return self.ledger.release(request_id)
 
 
 def payload_of(sampling_params: Any) -> Payload | None:
@@ -46,6 +78,12 @@ def payload_of(sampling_params: Any) -> Payload | None:
     data = extra[KEY]
     if not isinstance(data, bytes):
         raise ValueError(f"extra_args[{KEY!r}] must be the bytes of a compiled payload, got {type(data).__name__}")
+    return _known(data) if len(data) <= KNOWN_BYTES else Payload.from_bytes(data)
+
+
+@functools.lru_cache(maxsize=32)
+def _known(data: bytes) -> Payload:
+    """Payloads are immutable, and one admission asks for the same one several times: the core, and a worker in its process."""
     return Payload.from_bytes(data)
 
 
@@ -69,6 +107,11 @@ def _salted(request: Any, config: EngineConfig | None) -> None:
         raise ValueError(f"the program touches the layers {sorted(unarmed)}, armed are {list(config.armed)}")
     if len(payload.row_keys) > config.bank_rows:
         raise ValueError(f"the request needs {len(payload.row_keys)} rows, the bank has {config.bank_rows}")
+    rules = payload.program.rules if payload.program else None
+    if rules is not None and len(rules.propositions) > config.propositions:
+        raise ValueError(
+            f"the request's rules have {len(rules.propositions)} propositions, at most {config.propositions}"
+        )
     if payload.program is None:
         request.cache_salt = plain_salt(request.cache_salt)
         return
@@ -78,13 +121,16 @@ def _salted(request: Any, config: EngineConfig | None) -> None:
     request.cache_salt = edit_salt(request.cache_salt, payload.program.digest(), prompt_len)
 
 
+def _able(request: Any, abilities: Abilities | None) -> None:
+    """A device's engine is never asked for what it does not do: whoever comes past the API is refused here."""
+    if abilities is not None and (payload := payload_of(request.sampling_params)) is not None:
+        abilities.check(payload)
+
+
 def _listens(sampling_params: Any) -> bool:
     """Whether the request has rules, or a gate that remembers."""
     payload = payload_of(sampling_params)
-    if payload is None or payload.program is None:
-        return False
-    listening = any(gate.over_sequence for layer in payload.program.layers for gate in layer.gates)
-    return listening or payload.program.rules is not None
+    return payload is not None and payload.program is not None and payload.program.listens
 
 
 def _wrap_core(engine_core: Any) -> None:
@@ -92,9 +138,15 @@ def _wrap_core(engine_core: Any) -> None:
 
     @functools.wraps(original)
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        _salted(request, EngineConfig.of(self.vllm_config))
+        config = EngineConfig.of(self.vllm_config)
+        _salted(request, config)
+        if not hasattr(self, ABILITIES):
+            setattr(self, ABILITIES, None if config is None else abilities_of(self.vllm_config, config))
+        _able(request, getattr(self, ABILITIES))
         prepared = original(self, request)
         if whole_group(self.scheduler.kv_cache_config) is None and _listens(request.sampling_params):
+            if self.vllm_config.speculative_config is not None:
+                raise ValueError(FORGETFUL)  # the API has refused it before, with a code
             prepared[0].skip_reading_prefix_cache = True  # nothing keeps what was heard along with the KV
         return prepared
 
@@ -107,7 +159,7 @@ def _state(scheduler: Any) -> CoreState | None:
         config = EngineConfig.of(scheduler.vllm_config)
         if config is None:
             return None
-        state = scheduler.__dict__[KEY] = CoreState(config)
+        state = scheduler.__dict__[KEY] = CoreState(config, abilities_of(scheduler.vllm_config, config))
     return state
 
 
@@ -120,7 +172,7 @@ def _wrap_scheduler(scheduler: Any) -> None:
         if payload is None:
             add_request(self, request)
             return True
-        slots = state.ledger.acquire(request.request_id, payload.row_keys)
+        slots = state.acquire(request.request_id, payload)
         if slots is None:
             return False
         request.sampling_params = copy.copy(request.sampling_params)
@@ -146,7 +198,7 @@ def _wrap_scheduler(scheduler: Any) -> None:
     def _free_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         freed = free_request(self, request, *args, **kwargs)
         state = _state(self)
-        if state is not None and state.ledger.release(request.request_id):
+        if state is not None and state.release(request.request_id):
             admit_waiting(self, state)
         return freed
 
@@ -172,12 +224,17 @@ def _wrap_scheduler(scheduler: Any) -> None:
     def _update_from_output(
         self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        outputs = update_from_output(self, scheduler_output, model_runner_output, *args, **kwargs)
         state = _state(self)
+        records = getattr(model_runner_output, KEY, {})
+        running = {request_id: self.requests[request_id] for request_id in records if request_id in self.requests}
+        outputs = update_from_output(self, scheduler_output, model_runner_output, *args, **kwargs)
         if state is None:
             return outputs
-        for request_id, record in getattr(model_runner_output, KEY, {}).items():
-            state.pending[request_id].append(record)
+        for request_id, request in running.items():
+            record = records[request_id]
+            own = request.num_tokens - 1 - record.start
+            if own > 0:
+                state.pending[request_id].append(record.cut(own))
         if state.pending:
             _attach(state, outputs)
             for request_id in [r for r in state.pending if r not in self.requests]:
@@ -199,8 +256,6 @@ def _attach(state: CoreState, outputs: Any) -> None:
 
 
 def _wrap_output_processor(processor: Any, request_state: Any) -> None:
-    from vllm.v1.engine import FinishReason
-
     add_request, process_outputs = processor.add_request, processor.process_outputs
     new_completion_output = request_state._new_completion_output
 
@@ -213,7 +268,7 @@ def _wrap_output_processor(processor: Any, request_state: Any) -> None:
 
     @functools.wraps(process_outputs)
     def _process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        stopped: list[str] = []
+        ended: dict[str, tuple[Journal, bool]] = {}
         due: list[Any] = []
         for output in engine_core_outputs:
             state = self.request_states.get(output.request_id)
@@ -228,12 +283,15 @@ def _wrap_output_processor(processor: Any, request_state: Any) -> None:
             if journal is None:
                 due.append(output)
                 continue
-            if (journal.error or journal.refusal) and output.finish_reason is None:
-                output.finish_reason = FinishReason.ABORT  # a refusal ends the request here and now
-                stopped.append(output.request_id)
-            due += judged(state, journal, output) if journal.may_refuse else [output]
+            if journal.ends_at is not None:
+                ended[output.request_id] = journal, output.finish_reason is None
+            due += judged(state, journal, output)
         processed = process_outputs(self, due, *args, **kwargs)
-        processed.reqs_to_abort.extend(stopped)
+        for request_id, (journal, runs) in ended.items():
+            if request_id in processed.reqs_to_abort:
+                journal.stopped_before()  # a stop string was complete before the token that would have ended it
+            elif runs:
+                processed.reqs_to_abort.append(request_id)
         return processed
 
     @functools.wraps(new_completion_output)

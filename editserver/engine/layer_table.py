@@ -1,0 +1,340 @@
+"""The channels of all resident programs at one layer, as flat tables that a kernel can walk.
+
+A request's own part is made once, when it arrives; the table only moves such parts together (:mod:`editserver.engine.stack`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from editserver.engine.kernel_cpu import (
+    ACTIVE,
+    CHANNEL_COLUMNS,
+    GATES,
+    INPUT_NORM,
+    INTERVENTION,
+    JOINT,
+    KIND,
+    LATENT,
+    MEAN,
+    MEMBER,
+    MEMBER_COLUMN,
+    NEED,
+    OP_COLUMNS,
+    OP_MASKS,
+    OP_VALUES,
+    PLAIN_INPUT,
+    READ,
+    REMAP,
+    SLOT,
+    TABLE,
+    UNIT,
+)
+from editserver.engine.rows import Dictionaries
+from editserver.engine.stack import Pointers, Stack
+from interventions.maps import gates
+from interventions.program import Channel, GateKind, LayerProgram, Op, ReadKind, parse_feature_key
+
+if TYPE_CHECKING:
+    from editserver.engine.resident import Resident
+
+Array = npt.NDArray[Any]
+
+
+NOTHING = np.zeros(1, np.int32)
+
+
+@dataclass(frozen=True)
+class Use:
+    """The channels of one request at one layer that need all activations of one SAE.
+
+    Attributes:
+        digest: the SAE.
+        joint: whether they are JOINT channels (else MEMBER).
+        masks: uint64 ``[k, 2]``, the distinct (selector bits, gate bits) of their ops: a token is their business where all
+            bits of one pair are set.
+        features: int64 ``[m]``, the latents.
+        targets: int64 ``[m]``, MEMBER: columns of the kernel's ``members``; JOINT: channel numbers in the table.
+    """
+
+    digest: str
+    joint: bool
+    masks: Array
+    features: Array
+    targets: Array
+
+    @property
+    def behind_gates(self) -> bool:
+        """Whether some op acts only where gates are open."""
+        return bool(self.masks[:, 1].any())
+
+
+@dataclass(frozen=True)
+class Listener:
+    """One gate of one request at one layer.
+
+    Attributes:
+        number: of the gate in the layer's program.
+        rule: of a sequence gate; None for a trigger.
+        digest: the SAE of its evidence.
+        whole: whether that needs all activations of the SAE; then ``features`` counts, else ``slots`` and ``norm``.
+        masks: as in :class:`Use`, of the ops behind it: a trigger needs to look at their tokens only.
+    """
+
+    number: int
+    rule: gates.Gate | None
+    digest: str
+    whole: bool
+    features: Array
+    slots: Array
+    norm: int
+    masks: Array
+
+    @property
+    def bit(self) -> np.uint64:
+        """Of the gate among those of its layer's program."""
+        return np.uint64(1 << self.number)
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """One request's channels at one layer.
+
+    Attributes:
+        channels, op_ints, op_values, op_masks: as :func:`~editserver.engine.kernel_cpu.edit_tokens` takes them.
+        op_ends: int32 ``[channels]``, where the ops of each channel end.
+        width: most ops of one channel.
+        uses: what it needs of whole dictionaries; JOINT targets count from its own first channel.
+        listeners: its gates that listen: all but those that follow rules.
+        n_members: columns of ``members``.
+    """
+
+    channels: Array
+    op_ends: Array
+    op_ints: Array
+    op_values: Array
+    op_masks: Array
+    width: int
+    uses: list[Use]
+    listeners: list[Listener]
+    n_members: int
+
+    @classmethod
+    def of(cls, resident: Resident, lp: LayerProgram, dictionaries: Dictionaries) -> LayerPart:
+        """``lp`` is the resident's program at the layer."""
+        slots, whole = resident.slots, _Whole()
+        # flat: numpy looks into every one of many small tuples
+        rows: list[int] = []
+        ints: list[int] = []
+        values: list[float] = []
+        masks: list[int] = []
+        ends: list[int] = []
+        n_ops = 0
+        norms: dict[str, int] = {}
+        for channel in lp.channels:
+            read, row, column, norm, remaps = channel.read, channel.row, -1, PLAIN_INPUT, False
+            if read >= LATENT:
+                digest, feature = parse_feature_key(row)
+                found = norms.get(digest)
+                norm = norms[digest] = dictionaries.input_norm(digest) if found is None else found
+                if read == JOINT:
+                    whole.joint(digest, feature, len(ends), channel)
+                elif read == MEMBER:
+                    column = whole.member(digest, feature, channel)
+            for op in channel.ops:
+                remaps |= op.kind == REMAP
+                source = _source(op, channel, resident, whole) if op.source else -1
+                table = slots[op.table] if op.table else -1
+                mean = slots[op.mean] if op.mean else -1
+                ints += op.kind, table, source, mean, op.unit, op.only_if_active, op.intervention
+                values += op.alpha, op.beta, op.lo, op.hi, op.strength, op.gamma
+                masks += _mask(op)
+            rows += read, slots[row], norm, column, remaps
+            n_ops += len(channel.ops)
+            ends.append(n_ops)
+        hearing = [i for i, gate in enumerate(lp.gates) if gate.kind is not GateKind.RULE]
+        return cls(
+            np.array(rows, np.int32).reshape(-1, len(CHANNEL_COLUMNS)),
+            np.array(ends, np.int32),
+            np.array(ints, np.int32).reshape(-1, len(OP_COLUMNS)),
+            np.array(values, np.float32).reshape(-1, len(OP_VALUES)),
+            np.array(masks, np.uint64).reshape(-1, len(OP_MASKS)),
+            max((len(channel.ops) for channel in lp.channels), default=0),
+            whole.uses(),
+            [_listener(resident, lp, i, dictionaries) for i in hearing],
+            whole.n_columns,
+        )
+
+
+class LayerTable:
+    """All programs' channels at one layer, indexed by resident request.
+
+    Attributes:
+        channels, op_ints, op_values, op_masks, channel_ops, programs: as
+            :func:`~editserver.engine.kernel_cpu.edit_tokens` takes them.
+        read, slot, norm, member: the columns of ``channels``: ReadKind, bank slot, how the SAE normalises its input, column of
+            ``members`` (-1: none).
+        ops: the columns of the ops: kind, values, bank slots (table, source, mean), unit, whether it leaves zeros alone,
+            selector bits, gate bits, intervention.
+        width: most ops of one channel.
+        uses: resident index → what it needs of whole dictionaries.
+        listeners: resident index → its gates that listen: all but those that follow rules.
+        n_members: most columns that one request has in the kernel's ``members``.
+        has_joint: whether there are JOINT channels.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[LayerPart | None] = []
+        self._sizes = Stack(np.int32, 3)
+        """Of each resident: width, columns of ``members``, and whether it uses dictionaries or listens."""
+        self._programs, self._channel_ops = Pointers(), Pointers()
+        self._channels = Stack(np.int32, len(CHANNEL_COLUMNS))
+        self._op_ints = Stack(np.int32, len(OP_COLUMNS))
+        self._op_values = Stack(np.float32, len(OP_VALUES))
+        self._op_masks = Stack(np.uint64, len(OP_MASKS))
+        self.finish()
+
+    def push(self, part: LayerPart | None) -> None:
+        """One more resident, behind the others; None: it has no program here."""
+        self._parts.append(part)
+        if part is None:
+            self._programs.push(NOTHING)
+            self._sizes.push(NOTHING)
+            return
+        self._programs.push(np.array([len(part.channels)], np.int32))
+        self._sizes.push(np.array([[part.width, part.n_members, bool(part.uses or part.listeners)]], np.int32))
+        self._channels.push(part.channels)
+        self._channel_ops.push(part.op_ends)
+        self._op_ints.push(part.op_ints)
+        self._op_values.push(part.op_values)
+        self._op_masks.push(part.op_masks)
+
+    def keep(self, which: Array) -> None:
+        """The residents of whom ``which`` (bool) is not true are gone."""
+        self._parts = [part for part, stays in zip(self._parts, which.tolist(), strict=True) if stays]
+        channels = self._programs.rows_of(which)
+        ops = self._channel_ops.rows_of(channels)
+        for stack in (self._op_ints, self._op_values, self._op_masks):
+            stack.keep(ops)
+        self._channel_ops.keep(channels)
+        self._channels.keep(channels)
+        self._programs.keep(which)
+        self._sizes.keep(which)
+
+    def finish(self) -> None:
+        """After changes: the attributes are those of the residents that are there now."""
+        self.programs, self.channel_ops = self._programs.rows, self._channel_ops.rows
+        self.channels = self._channels.rows
+        self.op_ints, self.op_values, self.op_masks = (
+            stack.rows for stack in (self._op_ints, self._op_values, self._op_masks)
+        )
+        self.read, self.slot, self.norm, self.member = (
+            self.channels[:, i] for i in (READ, SLOT, INPUT_NORM, MEMBER_COLUMN)
+        )
+        ints, masks = self.op_ints, self.op_masks
+        self.ops: tuple[Array, ...] = (
+            ints[:, KIND],
+            self.op_values,
+            ints[:, TABLE : MEAN + 1],
+            *(ints[:, i] for i in (UNIT, ACTIVE)),
+            *(masks[:, i] for i in (NEED, GATES)),
+            ints[:, INTERVENTION],
+        )
+        sizes = self._sizes.rows
+        self.width, self.n_members, _ = (int(most) for most in sizes.max(axis=0, initial=0))
+        here = [(i, part) for i in np.flatnonzero(sizes[:, 2]).tolist() if (part := self._parts[i]) is not None]
+        self.listeners: dict[int, list[Listener]] = {i: part.listeners for i, part in here if part.listeners}
+        self.uses: dict[int, list[Use]] = {
+            i: [_moved(use, int(self.programs[i])) for use in part.uses] for i, part in here if part.uses
+        }
+        self.has_joint = any(use.joint for found in self.uses.values() for use in found)
+
+    def __bool__(self) -> bool:
+        """Whether any program touches the layer."""
+        return len(self._channels) > 0
+
+
+def _moved(use: Use, first_channel: int) -> Use:
+    return replace(use, targets=use.targets + first_channel) if use.joint else use
+
+
+@dataclass
+class _Whole:
+    """What one request needs of whole dictionaries at one layer: a column per MEMBER latent, all of a JOINT SAE."""
+
+    n_columns: int = 0
+    columns: dict[tuple[str, int], int] = field(default_factory=dict)
+    found: dict[tuple[str, bool], list[tuple[int, int]]] = field(default_factory=dict)
+    masks: dict[tuple[str, bool], set[tuple[int, int]]] = field(default_factory=dict)
+
+    def joint(self, digest: str, feature: int, channel_number: int, channel: Channel) -> None:
+        """A JOINT channel; its sources are in the same activations."""
+        self.found.setdefault((digest, True), []).append((feature, channel_number))
+        self.masks.setdefault((digest, True), set()).update(map(_mask, channel.ops))
+
+    def member(self, digest: str, feature: int, channel: Channel) -> int:
+        """A MEMBER channel: the column of its latent."""
+        self.masks.setdefault((digest, False), set()).update(map(_mask, channel.ops))
+        return self.column(digest, feature)
+
+    def column(self, digest: str, feature: int) -> int:
+        """Where the kernel finds the latent's activation."""
+        if (digest, feature) not in self.columns:
+            self.columns[digest, feature] = self.n_columns
+            self.found.setdefault((digest, False), []).append((feature, self.n_columns))
+            self.n_columns += 1
+        return self.columns[digest, feature]
+
+    def uses(self) -> list[Use]:
+        """Per SAE and kind."""
+        made = []
+        for (digest, joint), pairs in self.found.items():
+            features, targets = (np.array([pair[i] for pair in pairs], np.int64) for i in (0, 1))
+            made.append(Use(digest, joint, _masks(self.masks[digest, joint]), features, targets))
+        return made
+
+
+def _mask(op: Op) -> tuple[int, int]:
+    """Bits of the selectors that must all hold, and of the gates that must all be open."""
+    behind = sum(1 << gate for gate in set(op.gates)) if op.gates else 0
+    return 1 << op.selector | (1 << op.scope if op.scope >= 0 else 0), behind
+
+
+def _masks(pairs: Iterable[tuple[int, int]]) -> Array:
+    return np.array(sorted(pairs), np.uint64).reshape(-1, 2)
+
+
+def _source(op: Op, channel: Channel, resident: Resident, whole: _Whole) -> int:
+    """Where the kernel finds the original activation of the op's source; -1 for none."""
+    if not op.source:
+        return -1
+    digest, feature = parse_feature_key(op.source)
+    if channel.read < ReadKind.LATENT or digest != parse_feature_key(channel.row)[0]:
+        raise ValueError(f"{channel.row} cannot take from {op.source}: sources are latents of the same SAE")
+    if channel.read is ReadKind.JOINT:
+        return feature
+    return whole.column(digest, feature) if channel.read is ReadKind.MEMBER else resident.slots[op.source]
+
+
+def _listener(resident: Resident, lp: LayerProgram, number: int, dictionaries: Dictionaries) -> Listener:
+    gate = lp.gates[number]
+    parsed = [parse_feature_key(key) for key in gate.evidence]
+    digest = parsed[0][0]
+    if any(other != digest for other, _ in parsed):
+        raise ValueError("the evidence of a gate must be of one SAE")
+    behind = {_mask(op) for channel in lp.channels for op in channel.ops if number in op.gates}
+    return Listener(
+        number,
+        gate.rule if gate.over_sequence else None,
+        digest,
+        gate.read is not ReadKind.LATENT,
+        np.array([feature for _, feature in parsed], np.int64),
+        np.array([resident.slots[key] for key in gate.evidence], np.int32),
+        dictionaries.input_norm(digest),
+        _masks(behind),
+    )

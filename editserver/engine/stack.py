@@ -1,0 +1,71 @@
+"""Arrays that hold blocks of rows of many owners, one behind the other: a block comes at the end, any of them go.
+
+What is there stays contiguous, as kernels and copies to a device want it, and moves by as little as can be: whoever arrives
+costs a copy of its own rows, and who leaves one of the rows behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+class Stack:
+    """Rows of one type and shape."""
+
+    def __init__(self, dtype: type[np.generic], *shape: int) -> None:
+        self._room: Array = np.zeros((16, *shape), dtype)
+        self._n = 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def rows(self) -> Array:
+        """All of them, ``[n, *shape]``: a view, good until the next change."""
+        return self._room[: self._n]
+
+    def push(self, rows: Array) -> None:
+        """Put ``rows`` behind the others."""
+        n = self._n + len(rows)
+        if n > len(self._room):
+            room = np.zeros((2 * n, *self._room.shape[1:]), self._room.dtype)
+            room[: self._n] = self.rows
+            self._room = room
+        self._room[self._n : n] = rows
+        self._n = n
+
+    def keep(self, which: Array) -> None:
+        """Take the rows out of which ``which`` (bool ``[n]``) is not true."""
+        if which.all():
+            return
+        first = int(which.argmin())
+        stay = self._room[first : self._n][which[first:]]
+        self._n = first + len(stay)
+        self._room[first : self._n] = stay
+
+
+class Pointers(Stack):
+    """Where the blocks of every owner begin in some stack, int32 ``[owners + 1]``: 0, and where each block ends."""
+
+    def __init__(self) -> None:
+        super().__init__(np.int32)
+        self._n = 1  # the 0 that is there from the start and never changes
+
+    def push(self, ends: Array) -> None:
+        """Owners behind the others, ``ends`` counted from where the first of their blocks begins."""
+        super().push(ends + self._room[self._n - 1])
+
+    def rows_of(self, which: Array) -> Array:
+        """Of every row of all owners, whether it is of one of ``which`` (bool ``[owners]``)."""
+        return np.repeat(which, np.diff(self.rows))
+
+    def keep(self, which: Array) -> None:
+        """Take out the owners of whom ``which`` (bool ``[owners]``) is not true, with their rows."""
+        lengths = np.diff(self.rows)[which]
+        self._n = 1
+        super().push(np.cumsum(lengths, dtype=np.int32))
