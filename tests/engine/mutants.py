@@ -150,8 +150,7 @@ def _gates_begin_with_each_chunk(patch: pytest.MonkeyPatch, lab: Lab) -> None:
     from interventions.maps.gates import GateState
 
     def fresh(self: Any, segment: Any, listener: Any) -> Track:
-        track = segment.resident.tracks[self._layer, listener.number] = Track(GateState(segment.first_position))
-        return track
+        return Track(GateState(segment.first_position))
 
     patch.setattr(Hearing, "_track", fresh)
 

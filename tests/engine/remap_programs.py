@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -33,7 +33,7 @@ from interventions.program import (
 from interventions.selectors import ALL, Selector, slice_selector
 from sae_weights import SAE
 from tests.engine.dictionaries import N_FEATURES
-from tests.engine.test_kernel import LAYER, D, by_digest, dictionaries, new_worker, random_op, random_selector
+from tests.engine.kernel_steps import LAYER, D, by_digest, dictionaries, new_worker, random_op, random_selector
 
 BLOCK, N_BLOCKS = 4, 40
 VOCAB = 5
@@ -203,8 +203,13 @@ class Server:
         )
         self.journals[name] = Journal(sequence.payload)
 
-    def step(self, chunks: dict[str, tuple[Run, int, int, int]]) -> dict[str, torch.Tensor]:
-        """name → (sequence, first, stop, row of the block table); returns the tokens after the edit."""
+    def step(
+        self, chunks: dict[str, tuple[Run, int, int, int]], wrong: Mapping[str, int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """name → (sequence, first, stop, row of the block table); returns the tokens after the edit.
+
+        Of these, as many at the end as ``wrong`` says turn out to be rejected drafts.
+        """
         names = list(chunks)
         rows = [row for *_, row in chunks.values()]
         spans = [(s, a, b) for s, a, b, _ in chunks.values()]
@@ -216,7 +221,7 @@ class Server:
         self.worker.begin_step(names, start, positions, ids, blocks)
         self.worker.run(LAYER, hidden, None)
         for name, record in self.worker.end_step().items():
-            self.journals[name].add(record)
+            self.journals[name].add(record.cut(record.n - (wrong or {}).get(name, 0)))
         return {name: hidden[a:b] for name, a, b in zip(names, start[:-1], start[1:], strict=True)}
 
     def facts(self, name: str) -> list[GateFacts | None]:

@@ -89,10 +89,12 @@ class Engine:
         max_dose: DoseBound | None = None,
         bank_rows: int = 2048,
         approximate: Sequence[str] = (),
+        full_encode: Sequence[str] | None = None,
         processes: bool = False,
         **engine_args: Any,
     ) -> Engine:
-        """Start an armed engine on ``model`` with the SAEs ``{id: folder}``, those of ``approximate`` as stand-ins.
+        """Start an armed engine on ``model`` with the SAEs ``{id: folder}``, those of ``approximate`` as stand-ins, those of
+        ``full_encode`` (None: all) with the full-encode path.
 
         One process holds one armed model, so a second engine next to a first one needs ``processes``.
         """
@@ -110,7 +112,7 @@ class Engine:
             assert sae.hook.edit_layer is not None
             opened.append(OpenedSAE(name, sae.hook.edit_layer, sae))
         sources = tuple(one.source() for one in approximated(opened, approximate))
-        config = EngineConfig(tuple(armed), sources, tuple(saes), bank_rows)
+        config = EngineConfig(tuple(armed), sources, tuple(saes if full_encode is None else full_encode), bank_rows)
         defaults: dict[str, Any] = {
             "dtype": "float32",
             "enforce_eager": True,
@@ -128,7 +130,7 @@ class Engine:
             d_model=hf.hidden_size,
             n_layers=hf.num_hidden_layers,
             vocab_size=hf.vocab_size,
-            tokenizer=llm.get_tokenizer(),
+            tokenizer=None if engine_args.get("skip_tokenizer_init") else llm.get_tokenizer(),
         )
         return cls(llm, catalogue, processes=processes)
 

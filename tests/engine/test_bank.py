@@ -1,13 +1,17 @@
-"""The row bank's ledger against a model that keeps nothing but what each request asked for."""
+"""The row bank's ledger against a model that keeps nothing but what each request asked for; and its rows."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from editserver.engine.bank import BankLedger
+from editserver.engine.config import EngineConfig
+from editserver.engine.rows import Dictionaries, RowBank
+from interventions.program import vector_key
 
 CAPACITY = 4
 KEYS = [f"row{i}" for i in range(7)]
@@ -114,3 +118,15 @@ def test_rows_that_others_hold_cost_nothing() -> None:
 def test_a_bank_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         BankLedger(0)
+
+
+def test_a_slot_is_never_taken_for_a_row_that_was_overwritten_on_the_way_to_an_error() -> None:
+    bank = RowBank(2, 4, Dictionaries(EngineConfig((1,))))
+    first, second, short = (np.full(n, value, "<f4").tobytes() for n, value in ((4, 1.0), (4, 2.0), (3, 3.0)))
+    vectors = {vector_key(row): row for row in (first, second, short)}
+    assert bank.upload([vector_key(first)], [0], vectors) == 1
+    assert bank.upload([vector_key(first)], [0], vectors) == 0
+    with pytest.raises(ValueError, match="has 3 values, expected 4"):
+        bank.upload([vector_key(second), vector_key(short)], [0, 1], vectors)
+    assert bank.upload([vector_key(first)], [0], vectors) == 1
+    assert bank.read[0].tolist() == bank.write[0].tolist() == [1.0] * 4

@@ -14,16 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from editserver.engine.config import EngineConfig
+from editserver.engine.memory import Budget, kept_per_token
 from interventions.program import Channel, LayerProgram, Op, Payload, Program, ReadKind, vector_key
 from interventions.reference import ReferenceExecutor
 from interventions.selectors import ALL
-from tests.engine.tiny import D_MODEL, Job, Result, run, write_model
+from tests.engine.tiny import D_MODEL, N_LAYERS, Job, Result, run_all, write_model
 
 PROMPT = [1, *range(40, 60)]
 FOUND = re.compile(r"(?:Directly load AOT compilation from path|due to a load failure from) (\S+?/model)\b")
 """What vLLM logs when its cache has an entry for this start. On a CPU, vLLM 0.32 finds the entry, cannot use its outer
 layer (``'function' object has no attribute 'finalize_loading'``), and builds it anew around the cached Inductor graphs."""
 SAVED = re.compile(r"saved AOT compiled function to (\S+?/model)\b")
+SIZED = re.compile(r"KV cache size: ([\d,]+) tokens")
 STARTS = ("without", "with layer 1", "with layer 2", "with layer 1 again", "without again")
 
 
@@ -56,18 +59,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def starts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Start]:
     """Five servers, one after the other, torch.compile on, one cache."""
     root = tmp_path_factory.mktemp("cache")
-    found = {}
+    jobs = []
     for name in STARTS:
         armed = [int(word) for word in name.split() if word.isdigit()] or None
         payloads = [None, *(steering(layer).to_bytes().hex() for own in armed or () for layer in (own, 3 - own))]
         plugins = {"VLLM_PLUGINS": ""} if armed is None else {}
-        environment = {"VLLM_CACHE_ROOT": str(root / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor")}
-        job = Job(str(tiny_model), armed, [(PROMPT, payload) for payload in payloads])
-        result = run(job, root / "result.json", environment | plugins)
-        cache = root / "vllm" / "torch_compile_cache"
-        files = [str(path) for path in cache.rglob("*") if path.is_file()]
-        entries = frozenset(path for path in files if path.endswith("/model"))
-        found[name] = Start(result, entries, frozenset(path for path in files if "/fxgraph/" in path))
+        jobs.append(Job(str(tiny_model), armed, [(PROMPT, p) for p in payloads], environment=plugins))
+    environment = {"VLLM_CACHE_ROOT": str(root / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor")}
+    found = {}
+    for name, result in zip(STARTS, run_all(jobs, root / "starts", environment), strict=True):
+        entries = frozenset(path for path in result.cached if path.endswith("/model"))
+        found[name] = Start(result, entries, frozenset(path for path in result.cached if "/fxgraph/" in path))
     return found
 
 
@@ -132,3 +134,14 @@ def test_equal_starts_meet_what_was_compiled_before(starts: dict[str, Start], ag
     assert starts[again].entries == starts["with layer 2"].entries
     assert starts[again].graphs == starts["with layer 2"].graphs, "no graph was compiled again"
     assert starts[again].result.answers == starts[before].result.answers, "bit for bit"
+
+
+def test_the_kv_cache_is_smaller_by_what_is_kept_along_with_it(starts: dict[str, Start]) -> None:
+    """Not of the compile cache, but these starts show it: with the same GiB, and without editserver as without the plugin."""
+    per_token = 2 * N_LAYERS * 2 * (D_MODEL // 4) * 4
+    kept = sum(kept_per_token(EngineConfig((1,))).values())
+    for name, start in starts.items():
+        (tokens,) = {int(found.replace(",", "")) for found in SIZED.findall(start.result.log)}
+        block = 128  # vLLM's default on a CPU
+        assert tokens == block * Budget.of(2**30, block * per_token, block, 0 if "without" in name else kept).n_blocks
+        assert ("bytes per token for gates and rules" in start.result.log) == ("without" not in name)

@@ -37,9 +37,9 @@ def test_where_nothing_keeps_hit_bits_with_the_kv_a_gated_request_reads_no_prefi
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As behind a sliding window or next to recurrent states: slower, never wrong."""
-    from editserver.engine.compat import core, v1_runner
+    from editserver.engine.compat import core, runner
 
-    for module in (core, v1_runner):
+    for module in (core, runner):
         monkeypatch.setattr(module, "whole_group", lambda config: None)
     ask = Ask(prompt_of(730, 70), gated(lab, prompt_of(730, 70)), max_tokens=3)
     other = Ask(ask.prompt, max_tokens=3)

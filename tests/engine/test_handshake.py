@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.engine.test_compile_cache import PROMPT, steering
-from tests.engine.tiny import Job, Result, run, write_model
+from tests.engine.tiny import Job, Result, run_all, write_model
 
 EDITED = steering(1).to_bytes().hex()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, and room for the results of its processes."""
-    return write_model(tmp_path_factory.mktemp("handshake"))
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    """Of two servers."""
+    folder = tmp_path_factory.mktemp("handshake")
+    model, plain, edited = str(write_model(folder / "model")), (PROMPT, None), (PROMPT, EDITED)
+    jobs = [
+        Job(model, [1, 2], [plain, edited], eager=True, unarm=[1]),
+        Job(model, None, [plain, edited, plain], eager=True, own_core=True),
+    ]
+    return run_all(jobs, folder / "started", {})
 
 
 @pytest.fixture(scope="module")
-def unspliced(folder: Path) -> Result:
+def unspliced(results: list[Result]) -> Result:
     """Armed at layers 1 and 2; layer 1 then loses its splice. Asked: plain, edited at layer 1."""
-    requests = [(PROMPT, None), (PROMPT, EDITED)]
-    return run(Job(str(folder), [1, 2], requests, eager=True, unarm=[1]), folder / "unspliced.json", {})
+    return results[0]
 
 
 @pytest.fixture(scope="module")
-def unconfigured(folder: Path) -> Result:
+def unconfigured(results: list[Result]) -> Result:
     """The plugin is installed, the server was started without its configuration. Asked: plain, edited, plain."""
-    requests = [(PROMPT, None), (PROMPT, EDITED), (PROMPT, None)]
-    return run(Job(str(folder), None, requests, eager=True, own_core=True), folder / "unconfigured.json", {})
+    return results[1]
 
 
 def test_the_handshake_counts_the_ops_that_the_model_really_calls(unspliced: Result) -> None:

@@ -7,27 +7,31 @@ from pathlib import Path
 
 import pytest
 
-from sae_weights.formats import Origin
 from tests.engine import checks
+from tests.engine.conftest import LAYERS
 from tests.engine.lab import Lab
+from tests.engine.shallow import KEPT, shallow_saes, write_shallow
 from tests.engine.support import Engine
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def compiled_lab(model: Path, sae_folders: dict[str, Path], sae_classes: dict[str, Path | Origin]) -> Iterator[Lab]:
-    """bf16 and ``torch.compile``, the engine core in its own process: what a server runs."""
-    engine = Engine.start(
-        model,
-        sae_folders | sae_classes,
-        (0, 15, 29),
-        processes=True,
-        dtype="bfloat16",
-        enforce_eager=False,
-        num_gpu_blocks_override=96,
-        max_num_batched_tokens=512,
-    )
+def compiled_lab(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """bf16 and ``torch.compile``, the engine core in its own process: what a server runs, six layers deep."""
+    root = tmp_path_factory.mktemp("shallow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")  # that g++ knows this CPU's instructions need not be tried out
+        engine = Engine.start(
+            write_shallow(model, root / "model"),
+            shallow_saes(root),
+            [KEPT.index(layer) for layer in LAYERS],
+            processes=True,
+            dtype="bfloat16",
+            enforce_eager=False,
+            num_gpu_blocks_override=96,
+            max_num_batched_tokens=512,
+        )
     lab = Lab(engine)
     yield lab
     print("\nbf16 compiled, largest |Δ log p| from the run alone:", lab.worst)

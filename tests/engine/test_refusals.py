@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ import pytest
 from editserver import __version__
 from editserver.engine.compat import core, signatures, version
 from editserver.engine.compat.refuse import UnsupportedConfig, check_config, refusals
-from editserver.engine.compat.version import UnsupportedVllm, check_version, check_vllm
+from editserver.engine.compat.reserved import abilities_of
+from editserver.engine.compat.version import ENGINE, UnsupportedVllm, below_server, check_version, check_vllm
 from editserver.engine.config import EngineConfig, SAESource
 from editserver.engine.plugin import register
 from interventions.program import Payload, Read
@@ -45,6 +47,29 @@ def test_other_versions_are_refused_with_the_command_that_mends_it(flavour: str,
     message = str(refused.value)
     assert message.startswith(f"editserver knows vLLM 0.32 to 0.33, but {flavour} {other} is installed")
     assert message.endswith(f"run: pip install '{flavour}>=0.32,<0.34'")
+
+
+@pytest.mark.parametrize("known", ["0.26.0", "0.27.1", "0.31.0", "0.32.0", "0.33.1"])
+def test_engines_of_older_versions_are_known_and_their_servers_are_not(
+    known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_version("vllm", known, ENGINE).version == known
+    monkeypatch.setattr(version.metadata, "version", lambda name: known)
+    older = known < "0.32"
+    assert below_server() == older
+    with pytest.raises(UnsupportedVllm, match=r"knows vLLM 0\.32 to 0\.33, but vllm") if older else nullcontext():
+        check_vllm()
+
+
+def test_an_api_server_of_an_older_version_does_not_start(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    register()
+    arguments = AsyncEngineArgs(str(tiny_model), skip_tokenizer_init=True)
+    monkeypatch.setattr(version.metadata, "version", lambda name: "0.27.1")
+    with pytest.raises(UnsupportedVllm, match=r"but vllm 0\.27\.1 is installed"):
+        arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def test_a_version_that_is_none_is_refused() -> None:
@@ -78,7 +103,9 @@ def test_the_plugin_does_not_install_itself_into_another_vllm(monkeypatch: pytes
 
 def test_the_installed_vllm_has_every_interface_that_is_relied_on() -> None:
     assert signatures.differences(signatures.RELIED_ON) == []
-    assert signatures.differences(signatures.RUNNER_RELIED_ON) == []
+    assert signatures.differences(signatures.V1_RELIED_ON) == []
+    assert signatures.differences(signatures.V2_RELIED_ON) == []
+    assert signatures.differences(signatures.MEMORY_RELIED_ON) == []
 
 
 FUNNEL = "vllm.v1.engine.core:EngineCore.preprocess_add_request"
@@ -97,6 +124,11 @@ def test_a_changed_interface_stops_the_start_and_is_named(symbol: str, parameter
         signatures.check({symbol: parameters})
     assert str(refused.value).endswith(f"is not as editserver knows it: {said}")
     assert check_vllm().version in str(refused.value)
+
+
+def test_a_field_that_is_gone_is_named() -> None:
+    batch = "vllm.v1.worker.gpu.input_batch:InputBatch"
+    assert signatures.differences({batch: frozenset(("positions", "rows", "gaps"))}) == [f"{batch} has no gaps, rows"]
 
 
 def test_every_changed_interface_is_named_at_once() -> None:
@@ -139,12 +171,11 @@ def configure(tiny_model: Path) -> Callable[..., Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "speculation": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-        "speculative decoding (--speculative-config)",
+    "speculation by a drafter of the user's": (
+        {"speculative_config": {"method": "custom_class", "model": "drafters.Mine", "num_speculative_tokens": 2}},
+        "speculative decoding by custom_class (only ngram, on the V1 model runner, is proven)",
     ),
-    "pipeline parallelism": ({"pipeline_parallel_size": 2}, "pipeline parallelism (--pipeline-parallel-size > 1)"),
-    "tensor parallelism": ({"tensor_parallel_size": 2}, "tensor parallelism (--tensor-parallel-size > 1)"),
+    "pipeline parallelism": ({"pipeline_parallel_size": 2}, "pipeline parallelism (--pipeline-parallel-size > 1; "),
     "decode context parallelism": (
         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
         "decode context parallelism",
@@ -162,6 +193,48 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 def test_the_plain_configuration_is_accepted(configure: Callable[..., Any]) -> None:
     assert refusals(configure()) == []
+
+
+def test_ngram_speculation_is_accepted_on_the_v1_runner_alone(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import envs
+
+    vllm_config = configure(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3})
+    assert refusals(vllm_config) == []
+    envs.disable_envs_cache()  # an engine that was started in this process froze what follows
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert any("speculative decoding by ngram" in found for found in refusals(vllm_config))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}, {"enable_lora": True}],
+    ids=["tensor parallelism", "data parallelism", "adapters"],
+)
+def test_what_is_proven_on_a_cpu_is_accepted(configure: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    assert refusals(configure(**arguments)) == []
+
+
+def test_tensor_parallelism_is_refused_by_name_where_it_is_not_proven(configure: Callable[..., Any]) -> None:
+    vllm_config = configure(tensor_parallel_size=2)
+    v2 = _Changed(vllm_config, {"use_v2_model_runner": True})
+    assert [name for name in refusals(v2) if name.startswith("tensor parallelism on the V2 model runner (")]
+    elsewhere = _Changed(vllm_config, {"device_config": _Changed(vllm_config.device_config, {"device_type": "cuda"})})
+    assert [name for name in refusals(elsewhere) if name.startswith("tensor parallelism on cuda (")]
+
+
+def test_engines_that_run_in_step_are_refused_by_name(configure: Callable[..., Any]) -> None:
+    vllm_config = configure(data_parallel_size=2)
+    mixture = _Changed(vllm_config, {"model_config": _Changed(vllm_config.model_config, {"is_moe": True})})
+    assert [name for name in refusals(mixture) if name.startswith("data parallelism of a mixture of experts (")]
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "medusa", "mtp", "suffix", "ngram_gpu"])
+def test_every_other_drafter_is_refused_by_name(configure: Callable[..., Any], method: str) -> None:
+    vllm_config = configure()
+    vllm_config.speculative_config = SimpleNamespace(method=method)
+    assert [found for found in refusals(vllm_config) if f"speculative decoding by {method} " in found]
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -198,11 +271,15 @@ def test_what_vllm_itself_switches_off_on_a_cpu_is_off(configure: Callable[..., 
     [
         ("parallel_config", "enable_dbo", True, "dual batch overlap (--enable-dbo)"),
         ("parallel_config", "prefill_context_parallel_size", 2, "prefill context parallelism"),
-        ("scheduler_config", "async_scheduling", True, "asynchronous scheduling (pass --no-async-scheduling)"),
+        (
+            "parallel_config",
+            "use_sequence_parallel_moe",
+            True,
+            "a residual stream that is shared out between ranks",
+        ),
         (None, "ec_transfer_config", object(), "an encoder-cache connector (--ec-transfer-config)"),
-        (None, "use_v2_model_runner", True, "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)"),
         ("model_config", "is_encoder_decoder", True, "encoder-decoder models"),
-        ("device_config", "device_type", "cuda", "the cuda backend"),
+        ("device_config", "device_type", "xpu", "the xpu backend"),
     ],
 )
 def test_what_a_cpu_machine_cannot_be_started_with_is_refused_where_it_can(
@@ -216,6 +293,30 @@ def test_what_a_cpu_machine_cannot_be_started_with_is_refused_where_it_can(
     with pytest.raises(UnsupportedConfig) as refused:
         check_config(changed)
     assert str(refused.value).startswith(f"editserver cannot guarantee correct edits with {name}")
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_both_runners_and_late_outputs_are_accepted_where_the_engine_proves_itself(
+    configure: Callable[..., Any], device: str, v2: bool
+) -> None:
+    vllm_config = configure()
+    fields = {"use_v2_model_runner": v2}
+    changed = _Changed(vllm_config, fields)
+    changed.fields["device_config"] = _Changed(vllm_config.device_config, {"device_type": device})
+    changed.fields["scheduler_config"] = _Changed(vllm_config.scheduler_config, {"async_scheduling": True})
+    assert refusals(changed) == []
+    abilities = abilities_of(changed, EngineConfig((1,)))
+    assert (abilities is None) == (device == "cpu")
+    assert abilities_of(configure(), EngineConfig((1,), engine="device")) is not None
+
+
+@pytest.mark.parametrize("engine", ["device", "auto"])
+def test_which_engine_edits_is_part_of_the_compile_caches_key(configure: Callable[..., Any], engine: str) -> None:
+    """An engine is no part of the graph, but vLLM's key has all of ``additional_config``: other engines share nothing."""
+    named = {"editserver": EngineConfig((1, 2), engine=engine).as_dict()}
+    same = configure(additional=named).compute_hash() == configure().compute_hash()
+    assert same == (engine == "auto")
 
 
 class _Changed:
@@ -245,7 +346,10 @@ def test_processes_of_different_builds_do_not_work_together(configure: Callable[
         configure(additional=other)
 
 
-@pytest.mark.parametrize("broken", [{}, {"armed": "x"}, {"armed": [1], "saes": [{"id": "a"}]}, {"armed": None}])
+@pytest.mark.parametrize(
+    "broken",
+    [{"armed": [1], "engine": "gpu"}, {}, {"armed": "x"}, {"armed": [1], "saes": [{"id": "a"}]}, {"armed": None}],
+)
 def test_a_broken_configuration_stops_the_start(configure: Callable[..., Any], broken: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="is not an editserver configuration"):
         configure(additional={"editserver": broken})

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from editserver.engine.history import History
 from interventions.program import Channel, Gate, GateKind, LayerProgram, Op, OpKind, Program, UnitKind, mean_key
 from interventions.selectors import ALL, Selector, slice_selector
+from tests.engine.kernel_steps import LAYER, D, dictionaries
 from tests.engine.remap_programs import (
     BLOCK,
     LISTENING,
@@ -28,7 +29,6 @@ from tests.engine.remap_programs import (
     random_sequence,
     read_kind,
 )
-from tests.engine.test_kernel import LAYER, D, dictionaries
 
 KINDS = (
     "jumprelu",
@@ -53,7 +53,7 @@ def cuts(random: np.random.Generator, start: int, n: int) -> list[tuple[int, int
 def assert_is_the_oracles(run: Run, server: Server, name: str, after: torch.Tensor, first: int = 0) -> None:
     want, facts = run.expected()
     journal = server.journals[name]
-    mine = journal._fired[0, first : len(run.ids)].view(np.int64)
+    mine = journal.fired(LAYER, first, len(run.ids)).view(np.int64)
     assert np.array_equal(mine, want.fired[first:].numpy())
     h = run.hidden
     size = h.float().norm(dim=-1, keepdim=True) + want.delta.norm(dim=-1, keepdim=True)
@@ -134,7 +134,9 @@ def test_every_unit_and_source_on_every_kind_of_dictionary(
     assert sure.sum() >= 6
     assert (want.fired[sure] != 0).any()
     torch.testing.assert_close(after[sure], want.apply(run.hidden)[sure], rtol=1e-4, atol=1e-3)
-    assert np.array_equal(server.journals["a"]._fired[0, :16].view(np.int64)[sure.numpy()], want.fired[sure].numpy())
+    assert np.array_equal(
+        server.journals["a"].fired(LAYER, 0, 16).view(np.int64)[sure.numpy()], want.fired[sure].numpy()
+    )
 
 
 @pytest.mark.parametrize("name", ["jumprelu", "topk", "polysae"])
@@ -331,10 +333,8 @@ def test_a_source_of_another_dictionary_is_refused() -> None:
     op = msgspec.structs.replace(op, gamma=1.0, source=feature_key(other.digest, 1))
     layer = LayerProgram(LAYER, (Channel(read_kind(one), feature_key(one.digest, 0), (op,)),))
     run = Run(Program((layer,), (ALL,), {}), torch.zeros(3, dtype=torch.int64), 2, torch.zeros(3, D))
-    server = Server()
-    server.add("a", run)
     with pytest.raises(ValueError, match="sources are latents of the same SAE"):
-        server.step({"a": (run, 0, 3, 0)})
+        Server().add("a", run)
 
 
 @pytest.mark.parametrize("name", ["jumprelu", "topk", "polysae"])

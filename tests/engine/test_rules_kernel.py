@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -115,8 +115,8 @@ def keys() -> tuple[dict[int, list[list[str]]], set[str]]:
 class Server:
     """A worker, its KV blocks, and requests that come, stand back and come again."""
 
-    def __init__(self, blocks: bool = True) -> None:
-        self.worker = EngineWorker(dictionaries()[0], D, torch.float32, MAX_TOKENS)
+    def __init__(self, blocks: bool = True, drafts: int = 0) -> None:
+        self.worker = EngineWorker(dictionaries()[0], D, torch.float32, MAX_TOKENS, drafts)
         self.slots: dict[str, int] = {}
         self.free = list(range(N_BLOCKS))
         self.texts: dict[str, Text] = {}
@@ -139,21 +139,23 @@ class Server:
         self.free += set(lost).difference(*self.held.values())
         self.at[name] = min(self.at[name], keep * BLOCK)
 
-    def step(self, chunks: dict[str, int], plain: int = 0) -> None:
-        """Feed so many tokens of each, between ``plain`` tokens of somebody else's."""
+    def step(self, chunks: dict[str, int], plain: int = 0, wrong: Mapping[str, int] | None = None) -> None:
+        """Feed so many tokens of each, between ``plain`` tokens of somebody else's; ``wrong`` are rejected drafts behind them."""
+        wrong = wrong or {}
         sizes = {name: min(n, len(self.texts[name]) - self.at[name]) for name, n in chunks.items()}
         names = [name for name, n in sizes.items() if n]
         table = np.zeros((len(names) + 1, LONGEST // BLOCK + 2), np.int32)
         parts, positions = {layer: [torch.zeros(plain, D)] for layer in LAYERS}, [np.arange(plain)]
         for row, name in enumerate(names, 1):
-            start, stop = self.at[name], self.at[name] + sizes[name]
+            start, own = self.at[name], self.at[name] + sizes[name]
+            stop = own + wrong.get(name, 0)
             while len(self.held[name]) * BLOCK < stop:
                 self.held[name].append(self.free.pop())
             table[row, : len(self.held[name])] = self.held[name]
             positions.append(np.arange(start, stop))
             for layer in LAYERS:
-                parts[layer].append(self.texts[name].h[layer][start:stop])
-            self.at[name] = stop
+                parts[layer] += [self.texts[name].h[layer][start:own], 9 * torch.randn(stop - own, D)]
+            self.at[name] = own
         query_start = np.cumsum([0, *(len(p) for p in positions)], dtype=np.int32)
         blocks = Blocks(table, BLOCK, N_BLOCKS * BLOCK) if self.blocks else None
         flat = np.concatenate(positions)
@@ -164,12 +166,16 @@ class Server:
         records = self.worker.end_step()
         assert set(records) == set(names)
         for name, record in records.items():
-            self.journals[name].add(record)
+            self.journals[name].add(record.cut(sizes[name]))
+
+    def meant(self, name: str, n: int) -> RuleTrace:
+        """What the first n tokens come to."""
+        return meant(self.texts[name], n)
 
     def due(self, name: str) -> None:
         """Everything that was fed so far is as the program means it."""
         text, journal, n = self.texts[name], self.journals[name], self.at[name]
-        wanted = meant(text, n)
+        wanted = self.meant(name, n)
         trace = journal.rules
         assert trace is not None
         for part in ("held", "concluded", "active"):

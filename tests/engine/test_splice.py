@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -204,6 +204,45 @@ def test_an_armed_layer_edits_the_stream_in_whatever_form_it_is_returned(worker:
     assert torch.allclose(delta[:, 1:], torch.tensor(0.0), atol=1e-5)
     if returns == "split":
         assert not edited[0].any(), "the delta and the sum are in the residual"
+
+
+class Streams(nn.Module):
+    """A layer that takes positions first, as vLLM's do, and returns ``shape(tokens)``."""
+
+    def __init__(self, shape: Callable[[int], tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(self.shape(len(positions))), torch.zeros(self.shape(len(positions)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        (lambda n: (n, 4, D), rf"shape \(6, 4, {D}\), not one row of {D} numbers per token"),
+        (lambda n: (n, D // 2), rf"shape \(6, {D // 2}\), not one row of {D} numbers per token"),
+        (lambda n: (n // 2, D), "3 rows for 6 positions: the residual stream is shared out between ranks"),
+        (lambda n: (n, 1, D), rf"shape \(6, 1, {D}\)"),
+        (lambda n: (1, n, D), rf"shape \(1, 6, {D}\)"),
+    ],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_layer_that_does_not_return_one_row_per_position_is_refused_as_soon_as_it_runs(
+    worker: EngineWorker, shape: Callable[[int], tuple[int, ...]], said: str, by_name: bool
+) -> None:
+    layer, given = Streams(shape), {"positions": torch.arange(6), "hidden": torch.zeros(6, D)}
+    splice.arm({1: layer}, (1,), D)
+    with pytest.raises(UnsupportedModel, match=rf"layer 1 returns .*{said}"):
+        layer(**given) if by_name else layer(*given.values())
+
+
+def test_layers_in_the_form_of_transformers_have_a_batch_of_one(llama: LlamaForCausalLM, worker: EngineWorker) -> None:
+    splice.arm(splice.locate(llama, DEPTH, ATTENTION), (1,), D)
+    with torch.no_grad():
+        llama(torch.arange(6)[None])
+        with pytest.raises(UnsupportedModel, match=rf"shape \(2, 6, {D}\)"):
+            llama(torch.arange(6).repeat(2, 1))
 
 
 def test_an_edit_at_one_armed_layer_leaves_the_other_alone(llama: LlamaForCausalLM, worker: EngineWorker) -> None:

@@ -1,18 +1,21 @@
-"""vLLM on a tiny random model in a process of its own: ``python -m tests.engine.tiny`` reads a job, writes what happened.
+"""vLLM on a tiny random model in processes of their own: ``python -m tests.engine.tiny`` reads jobs, writes what happened.
 
 For what a session's one engine cannot show: starts without the plugin, with other armed layers, sharing a compile cache.
+Each job has its process, forked from one that has imported vLLM and nothing of ours: importing it is half of a start.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -48,8 +51,10 @@ class Job:
     """One start of a server and what is asked of it.
 
     ``armed`` None starts without editserver's configuration. ``requests`` are prompts with the hex of a payload or None.
-    ``unarm`` takes the splice out again after the first handshake. An engine in this process (``own_core`` False) does not
-    survive a request that it refuses: ask for that last.
+    ``engine`` "device": edited by kernels, which :mod:`tests.engine.v2_machine` has interpreted. ``unarm`` takes the splice
+    out again after the first handshake. An engine in this process (``own_core`` False) does not
+    survive a request that it refuses: ask for that last. ``v2``: on the V2 model runner (:mod:`tests.engine.v2_machine`).
+    ``environment``: variables of its process alone, which vLLM reads when it starts.
     """
 
     model: str
@@ -59,6 +64,9 @@ class Job:
     unarm: Sequence[int] = ()
     own_core: bool = False
     max_tokens: int = 4
+    v2: bool = False
+    engine: str = "auto"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,49 +78,112 @@ class Result:
     fired: list[dict[str, int]] = field(default_factory=list)
     editserver_modules: list[str] = field(default_factory=list)
     op_registered: bool = False
+    runner: str = ""
+    """Module of the model runner's class, where it is in this process."""
     log: str = ""
+    cached: list[str] = field(default_factory=list)
+    """Files in the cache of torch.compile, after the process."""
 
     def top(self, i: int) -> list[dict[int, float]]:
         """Log-probabilities of the most likely tokens, per step."""
         return [{int(token): value for token, value in step.items()} for step in self.answers[i]["top"]]
 
 
-def run(job: Job, out: Path, environment: Mapping[str, str]) -> Result:
-    """Start, ask, stop; raises with the end of the log when the process fails."""
+def run(job: Job, folder: Path, environment: Mapping[str, str]) -> Result:
+    """:func:`run_all` of one."""
+    return run_all([job], folder, environment)[0]
+
+
+def run_all(jobs: Sequence[Job], folder: Path, environment: Mapping[str, str]) -> list[Result]:
+    """Start, ask, stop, one job after the other, all on the same runner; raises with the end of the log of one that fails.
+
+    ``folder`` is made, and holds results and logs.
+    """
+    folder.mkdir(parents=True)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     env = clean | {
         "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # as vLLM sets it on a CPU, but when Inductor is imported already
+        "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1",
+        "TORCHINDUCTOR_VEC_ISA_OK": "1",  # that g++ knows this CPU's instructions need not be tried out
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(job.own_core)),
         "VLLM_LOGGING_LEVEL": "INFO",
         "PYTHONPATH": str(REPOSITORY),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.tiny", str(out)],
-        input=json.dumps(asdict(job)),
+        [sys.executable, "-m", "tests.engine.tiny", str(folder)],
+        input=json.dumps([asdict(job) for job in jobs]),
         capture_output=True,
         text=True,
         env=env | dict(environment),
-        cwd=out.parent,
-        timeout=400,
+        cwd=folder,
+        timeout=400 * len(jobs),
         check=False,
     )
-    log = done.stdout + done.stderr
     if done.returncode:
-        raise RuntimeError(f"the server process ended with {done.returncode}:\n{log[-4000:]}")
-    return Result(**(json.loads(out.read_text()) | {"log": log}))
+        log = "".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.log")))
+        raise RuntimeError(f"a server process ended with {done.returncode}:\n{(done.stderr + log)[-4000:]}")
+    found = []
+    for number in range(len(jobs)):
+        told, log = (folder / f"{number}.json").read_text(), (folder / f"{number}.log").read_text(errors="replace")
+        found.append(Result(**(json.loads(told) | {"log": log})))
+    return found
 
 
-def _main(out: Path) -> None:
+IMPORTED = ("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "torch._inductor.compile_fx")
+
+
+def _main(folder: Path) -> None:
+    jobs = [Job(**job) for job in json.load(sys.stdin)]
+    assert len({job.v2 for job in jobs}) == 1
+    for name in ("tests.engine.v2_machine", *IMPORTED) if jobs[0].v2 else IMPORTED:
+        importlib.import_module(name)
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    # Else vLLM would start a process that imports vLLM and looks at the class.
+    ModelRegistry.register_model("LlamaForCausalLM", LlamaForCausalLM)
+    cache = Path(os.environ.get("VLLM_CACHE_ROOT", folder)) / "torch_compile_cache"
+    for number, job in enumerate(jobs):
+        out = folder / f"{number}.json"
+        child = os.fork()
+        if not child:
+            _become(job, out)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"job {number} ended with {os.waitstatus_to_exitcode(status)}")
+        told = json.loads(out.read_text())
+        told["cached"] = sorted(str(path) for path in cache.rglob("*") if path.is_file())
+        out.write_text(json.dumps(told))
+
+
+def _become(job: Job, out: Path) -> NoReturn:
+    """What the child does: never returns."""
+    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    code = 1
+    try:
+        os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(job.own_core)), **job.environment})
+        _serve(job, out)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve(job: Job, out: Path) -> None:
     from vllm import LLM, SamplingParams
 
-    job = Job(**json.load(sys.stdin))
     additional: dict[str, Any] = {}
     if job.armed is not None:
         from editserver.engine.config import EngineConfig
 
-        additional = {"editserver": EngineConfig(tuple(job.armed), bank_rows=64).as_dict()}
+        additional = {"editserver": EngineConfig(tuple(job.armed), bank_rows=64, engine=job.engine).as_dict()}
     llm = LLM(
         job.model,
         dtype="float32",
@@ -127,10 +198,12 @@ def _main(out: Path) -> None:
     result = Result()
     if job.armed is not None:
         result.handshakes += llm.collective_rpc("editserver_handshake")
+    if not job.own_core:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        result.runner = type(runner).__module__
     if job.unarm:
-        model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
         for index in job.unarm:
-            layer = model.model.layers[index]
+            layer = runner.model.model.layers[index]
             layer.__class__ = type(layer).__bases__[0]
         result.handshakes += llm.collective_rpc("editserver_handshake")
     for prompt, payload in job.requests:
@@ -156,6 +229,8 @@ def _main(out: Path) -> None:
     result.editserver_modules = sorted(m for m in sys.modules if m.startswith("editserver"))
     result.op_registered = hasattr(torch.ops.editserver, "edit")
     out.write_text(json.dumps(asdict(result)))
+    if job.own_core:
+        llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""vLLM in a process of its own, started as a test says and asked what it says: ``python -m tests.engine.parallel_machine``.
+
+For starts that a session's one engine cannot be: several workers, adapters, quantised weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request: a compiled payload's bytes, and the folder of a LoRA adapter."""
+
+    prompt: Sequence[int]
+    payload: bytes | None = None
+    max_tokens: int = 4
+    salt: str | None = None
+    adapter: str | None = None
+
+
+@dataclass
+class Answered:
+    """One answer; ``top`` are the log-probabilities of the five likeliest tokens, per step."""
+
+    tokens: list[int]
+    top: list[dict[int, float]]
+    cached: int
+    journal: Any
+    """The request's ``Journal``, or None."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One engine and what happens to it.
+
+    ``steps`` are lists of requests (one batch; the answers are their result) and names of methods of every worker (each
+    worker's reply, or what it raised, as text). ``additional`` is editserver's configuration as a dict, None for a start
+    without it.
+    """
+
+    model: str
+    additional: dict[str, Any] | None
+    steps: Sequence[Sequence[Asked] | str]
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(starts: Sequence[Start], folder: Path, timeout: float = 500) -> list[list[Any]]:
+    """Results of the steps of each start, one start after the other; raises with the end of the log where one fails."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    environment = clean | {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    given, out, log = folder / "starts.pickle", folder / "results.pickle", folder / "log.txt"
+    given.write_bytes(pickle.dumps(list(starts)))
+    command = [sys.executable, "-m", "tests.engine.parallel_machine", str(given), str(out)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+        )
+    try:
+        code = process.wait(timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers that outlived it, too
+        process.wait()
+    if code:
+        raise RuntimeError(f"the process ended with {code}:\n{log.read_text()[-6000:]}")
+    found: list[list[Any]] = pickle.loads(out.read_bytes())
+    return found
+
+
+class Extension:
+    """Methods that every worker gets (``worker_extension_cls``)."""
+
+    def record(self) -> None:
+        """Keep what this worker records, from now on."""
+        from editserver.engine.wire import encode_records
+        from editserver.engine.worker import EngineWorker
+
+        end_step = EngineWorker.end_step
+
+        def keeping(engine: Any) -> Any:
+            records = end_step(engine)
+            _RECORDED.extend(encode_records([record]) for record in records.values())
+            return records
+
+        EngineWorker.end_step = keeping
+
+    def records_digest(self) -> str:
+        """Of everything that this worker recorded so far: fired bits, doses, readings, gates, rules. Starts anew."""
+        found = hashlib.sha256(b"".join(_RECORDED)).hexdigest()
+        _RECORDED.clear()
+        return found
+
+    def prove(self) -> bool:
+        """What the worker did at its start, once more."""
+        from editserver.engine import op
+        from editserver.engine.compat import parallel
+
+        return parallel.prove(self.model_runner, op.current())
+
+    def agrees(self) -> bool:
+        """Whether it takes rank 0's stream."""
+        from editserver.engine import op
+
+        return op.current().agree is not None
+
+    def round_off(self) -> int:
+        """From now on, this rank's layers return a little more than rank 0's: as after another order of summation."""
+        return self._distort(lambda rank: 1 + 3e-4 * rank)
+
+    def share(self) -> int:
+        """From now on, every rank's layers return its share alone: as if the last all-reduce were another layer's."""
+        return self._distort(lambda rank: 0.3 + 0.4 * rank)
+
+    def alone(self) -> None:
+        """Decide alone, come what may."""
+        from editserver.engine import op
+
+        op.current().agree = None
+
+    def watch(self) -> None:
+        """Keep the stream before and behind every armed layer's op, from now on."""
+        from editserver.engine import op
+
+        engine = op.current()
+        run = engine.run
+
+        def watched(layer: int, hidden: Any, residual: Any) -> None:
+            before = _stream(hidden, residual)
+            run(layer, hidden, residual)
+            _WATCHED.setdefault(layer, []).append((before, _stream(hidden, residual)))
+
+        engine.run = watched
+
+    def watched(self) -> dict[int, Any]:
+        """Layer → the stream before and behind it, of all tokens that were computed since the last call, dummies' too."""
+        import torch
+
+        found = {
+            layer: tuple(torch.cat(parts) for parts in zip(*seen, strict=True)) for layer, seen in _WATCHED.items()
+        }
+        _WATCHED.clear()
+        return found
+
+    def _distort(self, factor: Any) -> int:
+        rank = self.rank % self.vllm_config.parallel_config.tensor_parallel_size
+        for handle in _DISTORTIONS:
+            handle.remove()
+        by = factor(rank)
+        layers = self.model_runner.get_model().model.layers
+        _DISTORTIONS[:] = [layer.mlp.register_forward_hook(lambda _m, _i, out: out * by) for layer in layers]
+        return rank
+
+
+_DISTORTIONS: list[Any] = []
+_RECORDED: list[bytes] = []
+_WATCHED: dict[int, list[Any]] = {}
+
+
+def _stream(hidden: Any, residual: Any) -> Any:
+    return hidden.clone() if residual is None else (hidden.float() + residual.float()).to(hidden.dtype)
+
+
+def _serve(start: Start) -> list[Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "block_size": BLOCK,
+        "max_model_len": 256,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 256,
+        "gpu_memory_utilization": 0.2,
+        "kv_cache_memory_bytes": 1 << 26,
+        "worker_extension_cls": "tests.engine.parallel_machine.Extension",
+    }
+    additional = {} if start.additional is None else {"editserver": start.additional}
+    llm = LLM(start.model, additional_config=additional, **(defaults | dict(start.engine)))
+    adapters: dict[str, int] = {}
+
+    def adapter(folder: str | None) -> Any:
+        if folder is None:
+            return None
+        number = adapters.setdefault(folder, len(adapters) + 1)
+        return LoRARequest(Path(folder).name, number, folder)
+
+    results: list[Any] = []
+    for step in start.steps:
+        if isinstance(step, str):
+            try:
+                results.append(llm.collective_rpc(step))
+            except Exception as error:
+                results.append(f"{type(error).__name__}: {error}")
+            continue
+        prompts = [
+            {"prompt_token_ids": list(one.prompt)} | ({"cache_salt": one.salt} if one.salt else {}) for one in step
+        ]
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=one.max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=5,
+                extra_args={"editserver": one.payload} if one.payload else None,
+            )
+            for one in step
+        ]
+        lora = [adapter(one.adapter) for one in step] if any(one.adapter for one in step) else None
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+        results.append([_answered(output) for output in outputs])
+    llm.llm_engine.engine_core.shutdown()
+    return results
+
+
+def _answered(output: Any) -> Answered:
+    choice = output.outputs[0]
+    top = [{token: entry.logprob for token, entry in step.items()} for step in choice.logprobs]
+    return Answered(list(choice.token_ids), top, output.num_cached_tokens or 0, getattr(choice, "editserver", None))
+
+
+def _main(given: Path, out: Path) -> None:
+    starts: list[Start] = pickle.loads(given.read_bytes())
+    results = []
+    for start in starts:
+        results.append(_serve(start))
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+    out.write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    from tests.engine import parallel_machine  # the module that pickles name
+
+    parallel_machine._main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""Several workers: what is promised of one holds for all of them, or the server does not start.
+
+Real ones: vLLM's CPU backend on the tiny model, compared with ``transformers`` and the pure functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.parallel_machine import BLOCK, Answered, Start, run
+from tests.engine.tiny import write_model
+from tests.engine.tiny_cases import Bench, Made
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def bench(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return Bench(loaded, tmp_path_factory.mktemp("bench"))
+
+
+# -- tensor parallelism ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cases(bench: Bench) -> dict[str, Made]:
+    return bench.cases()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    model: Path, bench: Bench, cases: dict[str, Made], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Two workers of one engine, put through all that may befall them; by name, what each step gave."""
+    batch = [made.asked for made in cases.values()]
+    plain, steer = cases["plain"].asked, cases["steer"].asked
+    crossed = [replace(plain, payload=steer.payload), replace(steer, payload=None)]
+    steps: dict[str, Any] = {
+        "recording": "record",
+        "by themselves": "agrees",
+        "answers": batch,
+        "records": "records_digest",
+        "warm": batch,
+        "crossed": crossed,
+        "crossed again": crossed,
+        "warm records": "records_digest",
+        "rounded": "round_off",
+        "rounded is equal": "prove",
+        "rounded follow": "agrees",
+        "rounded answers": [replace(one, salt="rounded") for one in batch],
+        "rounded records": "records_digest",
+        "no longer": "alone",
+        "alone answers": [replace(one, salt="alone") for one in batch],
+        "alone records": "records_digest",
+        "shares": "share",
+        "shares proven": "prove",
+    }
+    start = Start(str(model), bench.config.as_dict(), list(steps.values()), {"tensor_parallel_size": 2})
+    return dict(zip(steps, run([start], tmp_path_factory.mktemp("two"))[0], strict=True))
+
+
+def test_two_ranks_answer_as_the_reference_does(
+    two_ranks: dict[str, Any], bench: Bench, cases: dict[str, Made]
+) -> None:
+    for (name, made), answered in zip(cases.items(), two_ranks["answers"], strict=True):
+        bench.assert_answered(made, answered, name)
+
+
+def test_two_ranks_hold_the_same_stream_and_record_the_same_bytes(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["by themselves"] == [False, False], (
+        "what shared memory sums for two ranks is equal: no need to agree"
+    )
+    for name in ("records", "warm records"):
+        first, second = two_ranks[name]
+        assert first == second
+
+
+def test_two_ranks_share_prefixes_of_equal_edits_alone(two_ranks: dict[str, Any]) -> None:
+    warm: list[Answered] = two_ranks["warm"]
+    cold: list[Answered] = two_ranks["answers"]
+    assert [one.cached for one in cold] == [0] * len(cold)
+    assert [one.cached for one in warm] == [BLOCK] * len(warm)
+    for before, after in zip(cold, warm, strict=True):
+        assert _difference(before, after) < 1e-4
+    assert [one.cached for one in two_ranks["crossed"]] == [0, 0]
+    assert [one.cached for one in two_ranks["crossed again"]] == [BLOCK, BLOCK]
+    assert _difference(two_ranks["crossed"][0], cold[0]) > 0.1
+
+
+def test_ranks_whose_sums_are_rounded_differently_follow_the_first_one(
+    two_ranks: dict[str, Any], bench: Bench, cases: dict[str, Made]
+) -> None:
+    assert two_ranks["rounded is equal"] == [False, False]
+    assert two_ranks["rounded follow"] == [True, True]
+    first, second = two_ranks["rounded records"]
+    assert first == second
+    assert len(set(two_ranks["alone records"])) == 2, "it is what keeps them together"
+    for made, before, after in zip(cases.values(), two_ranks["answers"], two_ranks["rounded answers"], strict=True):
+        assert _difference(before, after) < 0.05, made.compiled.entries
+
+
+def test_layers_that_return_each_ranks_share_are_refused_by_name(two_ranks: dict[str, Any]) -> None:
+    said = two_ranks["shares proven"]
+    assert isinstance(said, str)
+    assert "with --tensor-parallel-size 2, what layer " in said
+    assert "it is not the residual stream, but each rank's share of it" in said
+    assert "layers concerned: [1, 2]" in said
+
+
+def _difference(one: Answered, other: Answered) -> float:
+    """Largest difference of a log-probability at the first step."""
+    a, b = one.top[0], other.top[0]
+    return max((abs(a[t] - b[t]) for t in a.keys() & b.keys()), default=float("inf"))
