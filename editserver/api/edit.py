@@ -15,7 +15,7 @@ from editserver.api.rule_report import RuleReport, Trace, disagreement
 from editserver.api.state import EditState
 from editserver.engine.journal import Journal
 from editserver.engine.wire import KEY
-from interventions.compile import Compiled, check_selectable, compile_request
+from interventions.compile import Compiled, check_selectable
 from interventions.errors import InterventionError
 from interventions.spec import parse_inspect, parse_interventions
 
@@ -116,7 +116,7 @@ class Edit:
             InterventionError: with the contract's codes.
         """
         specs, reads = parse_interventions(interventions), parse_inspect(inspect)
-        compiled = compile_request(specs, reads, state.catalogue)
+        compiled = state.compile(specs, reads)
         releases.append(state.capacity.reserve(compiled.row_keys))
         for kind in {spec.type for spec in specs} | ({"inspect"} if reads else set()):
             metrics.REQUESTS.labels(kind).inc()

@@ -24,7 +24,6 @@ from editserver.api.errors import as_code
 from editserver.api.requests import EditChatRequest, EditCompletionRequest
 from editserver.api.state import EditState
 from editserver.api.vllm_entry import ErrorResponse
-from interventions.compile import compile_request
 from interventions.compiled import Compiled
 from interventions.errors import Code, InterventionError
 from interventions.program import STREAM, Read
@@ -158,9 +157,9 @@ async def run(
         InterventionError: with the contract's codes; ``param`` is a path below ``interventions`` or ``inspect``.
     """
     specs, reads = parse_interventions(interventions), parse_inspect(inspect)
-    compiled = compile_request(specs, reads, state.catalogue)
+    compiled = state.compile(specs, reads)
     if stream is not None:
-        compiled = _with_stream(compiled, stream, state.catalogue.d_model)
+        compiled = with_stream(state, compiled, stream)
     edit = Edit(state, compiled, isinstance(inspect, list))
     edit.set_prompts([prompt.token_ids for prompt in prompts])
     release = state.capacity.reserve(edit.compiled.row_keys)
@@ -185,9 +184,11 @@ async def run(
     return Passes(edit, [edit.choices[i] for i in range(len(prompts))], distributions, own)
 
 
-def _with_stream(compiled: Compiled, layer: int, d_model: int) -> Compiled:
-    read = Read(STREAM, layer, tuple(range(d_model)), 0, ALL)  # a pass feeds nothing but the prompt
-    return replace(
+def with_stream(state: EditState, compiled: Compiled, layer: int) -> Compiled:
+    """``compiled``, the residual stream at ``layer`` read too; raises InterventionError where the engine does not do that."""
+    # A pass feeds nothing but the prompt.
+    read = Read(STREAM, layer, tuple(range(state.catalogue.d_model)), 0, ALL)
+    streaming = replace(
         compiled,
         reads=(*compiled.reads, read),
         inspect_ids=(*compiled.inspect_ids, STREAM),
@@ -195,6 +196,8 @@ def _with_stream(compiled: Compiled, layer: int, d_model: int) -> Compiled:
         inspect_approximate=(*compiled.inspect_approximate, False),
         inspects_prompt=True,
     )
+    state.check(streaming)
+    return streaming
 
 
 def tells_logprobs(state: EditState) -> bool:

@@ -30,6 +30,7 @@ from editserver.api.serving import EditServingChat, EditServingCompletion
 from editserver.api.state import EditState
 from editserver.api.vllm_entry import VLLM_VERSION, OpenAIServingChat, OpenAIServingCompletion, model_shape
 from editserver.catalogue import build_catalogue
+from editserver.engine.abilities import Abilities
 from editserver.engine.config import EngineConfig
 from editserver.settings import MAX_BODY_BYTES, Settings
 from interventions.errors import InterventionError
@@ -94,7 +95,8 @@ class EditserverEndpoint:
         config = None if engine_client is None else EngineConfig.of(engine_client.vllm_config)
         if config is None:
             return
-        check_handshake(config, await engine_client.collective_rpc(HANDSHAKE))
+        answers = await engine_client.collective_rpc(HANDSHAKE)
+        check_handshake(config, answers)
         settings = Settings.of(args)
         d_model, n_layers, vocab_size, model = model_shape(engine_client.vllm_config)
         tokenizer = engine_client.renderer.get_tokenizer()
@@ -109,6 +111,10 @@ class EditserverEndpoint:
         )
         capacity = Capacity(config.bank_rows)
         state.editserver = EditState(config, settings, catalogue, capacity, VLLM_VERSION, model, state)
+        drafts = engine_client.vllm_config.speculative_config is not None
+        state.editserver.forgetful = drafts and not all(answer["remembers"] for answer in answers)
+        if answers[0]["device"] is not None:
+            state.editserver.device = Abilities.from_dict(answers[0]["device"])
         for source in config.saes:
             state.editserver.knowledge(source.id)  # opened now: a file that cannot be used is logged at the start
         parse_ruleset("")  # the grammar is made ready now, not in somebody's first request

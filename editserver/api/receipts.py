@@ -61,7 +61,7 @@ def build_receipt(
                 told |= {"fired": [], "fired_count": 0, "propositions": [], "actions": []}
         else:
             told = _entry(i, entry, journal, fed, prompt_len, stop, computed_from)
-            told |= _gate(compiled.program, entry, journal)
+            told |= _gate(compiled.program, entry, journal, stop)
             if entry.when is not None and trace is not None:
                 told["when"] = opened(trace, entry.when, stop)
         entries.append(told)
@@ -107,13 +107,13 @@ def _entry(
     return head | {"layers": {str(layer): numbers for layer, numbers in applied.items()}} | tail
 
 
-def _gate(program: Program | None, entry: Entry, journal: Journal | None) -> dict[str, Any]:
+def _gate(program: Program | None, entry: Entry, journal: Journal | None, stop: int) -> dict[str, Any]:
     """What the sequence gate of an entry saw: its largest statistic, and from where on it was open."""
     if entry.gate is None or entry.noop or program is None or journal is None:
         return {}
     (at,) = entry.layers
     (layer,) = (layer for layer in program.layers if layer.layer == at)
-    open_from, statistic = journal.gate(at, layer.gates.index(entry.gate))
+    open_from, statistic = journal.gate(at, layer.gates.index(entry.gate), stop)
     kind = {"kind": GATES[entry.gate.kind]} | ({"over": OVER[entry.gate.kind]} if entry.gate.kind in OVER else {})
     return {"gate": kind | {"threshold": entry.gate.threshold, "statistic": statistic, "open_from": open_from}}
 

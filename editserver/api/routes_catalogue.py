@@ -62,7 +62,7 @@ async def capabilities(request: Request) -> dict[str, Any]:
         "n_layers": catalogue.n_layers,
         "armed_layers": list(catalogue.armed_layers),
         "limits": limits,
-        "saes": [sae.as_dict() for sae in catalogue.saes.values()],
+        "saes": [state.shown(sae) for sae in catalogue.saes.values()],
         "intervention_types": list(BUILT),
         "schemas": schemas(),
     }
@@ -71,7 +71,8 @@ async def capabilities(request: Request) -> dict[str, Any]:
 @router.get("/v1/saes")
 async def list_saes(request: Request) -> dict[str, Any]:
     """The served SAEs."""
-    return _list([sae.as_dict() for sae in editing(request).catalogue.saes.values()])
+    state = editing(request)
+    return _list([state.shown(sae) for sae in state.catalogue.saes.values()])
 
 
 # The id is a path: the longer routes must be tried first.
@@ -175,7 +176,8 @@ def _tokens(answer: Any) -> list[Any]:
 @router.get("/v1/saes/{sae_id:path}")
 async def show_sae(request: Request, sae_id: str) -> dict[str, Any]:
     """One SAE."""
-    return _sae(editing(request), sae_id).as_dict()
+    state = editing(request)
+    return state.shown(_sae(state, sae_id))
 
 
 def _sae(state: EditState, sae_id: str) -> ServedSAE:

@@ -19,6 +19,7 @@ from editserver.api.concept_fit import fit
 from editserver.api.concept_labels import MAX_WORDS, Labelling, Marked, MarkedText, TokenLabels, as_marked
 from editserver.api.concept_plan import UNLABELLED, Examples, Plan
 from editserver.api.concept_report import readout
+from editserver.api.errors import as_code
 from editserver.api.passes import (
     MAX_FIT_CLASSES,
     MAX_FIT_TEXTS,
@@ -26,10 +27,12 @@ from editserver.api.passes import (
     Prompt,
     render,
     shortened,
+    with_stream,
 )
 from editserver.api.state import EditState, editing
 from editserver.catalogue import ServedSAE
 from editserver.library import NAME
+from interventions.compiled import Compiled
 from interventions.concepts.concept import MAX_NAME
 from interventions.concepts.density import N_BINS, SMOOTHING
 from interventions.concepts.detection import TOP as DETECTOR_TOP
@@ -196,8 +199,19 @@ async def _plan(state: EditState, body: FitConceptBody) -> Plan:
         level: Literal["token", "text"] = "token" if labelling.by_token else "text"
         weights, depth = body.detector_weights, body.tree_depth
         recipe = Recipe(body.detector, level, body.detector_top, weights, depth, body.max_rate)
+        _check_stream(state, sae)
     reads = readout(state.catalogue, sae)
     return Plan(body.name, sae, reads, examples, choice, tuple(body.strengths), labelling, recipe, provenance)
+
+
+def _check_stream(state: EditState, sae: ServedSAE) -> None:
+    """A detector is judged beside a probe of the residual stream."""
+    try:
+        with_stream(state, Compiled(None, ()), sae.layer)
+    except InterventionError as error:
+        raise InterventionError(
+            as_code(error.code), f"detector: {error.message}; null fits a concept without one", "detector"
+        ) from None
 
 
 def _token_labels(

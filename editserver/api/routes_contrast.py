@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from editserver.api.body import read_json, validate
-from editserver.api.errors import not_found
+from editserver.api.errors import moved, not_found
 from editserver.api.evidence import Floats, Seen, norm_probe, ordinary_tokens, read_all, truncated_tokens
 from editserver.api.passes import MAX_CONTRAST_TEXTS, Passes, Text, render, run
 from editserver.api.state import EditState, editing
@@ -101,7 +101,10 @@ async def contrast(request: Request, sae_id: str) -> ContrastAnswer:
         if len(prompt.token_ids) < 2:
             message = f"{prompt.param}: has one token only; the first token is never evidence"
             raise InterventionError("invalid_inspection", message, prompt.param)
-    passes = await run(state, prompts, [norm_probe(state, sae.layer)], read_all(state, sae))
+    try:
+        passes = await run(state, prompts, [norm_probe(state, sae.layer)], read_all(state, sae))
+    except InterventionError as error:  # of fields that this request does not have
+        raise moved(error, error.message, None) from None
     return await asyncio.to_thread(_compare, state, sae, body, passes)
 
 

@@ -21,4 +21,4 @@ router = APIRouter()
 )
 async def check(request: Request) -> dict[str, Any]:
     """The normal form of a rule set, or what is wrong with it: `line` and `column` in a text, `param` in JSON."""
-    return check_body(await read_json(request, "rule_syntax"), editing(request).catalogue)
+    return check_body(await read_json(request, "rule_syntax"), editing(request))

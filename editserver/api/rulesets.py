@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from editserver.api.errors import envelope, moved
+from editserver.api.state import EditState
 from editserver.catalogue import ServedCatalogue
 from editserver.library import StoredRuleset, parse_ruleset_body, split_source
-from interventions.compile import compile_request
+from interventions.compile import Compiled, compile_request
 from interventions.errors import InterventionError
 from interventions.rules.reading import parse_ruleset
 from interventions.rules.ruleset import Ruleset
-from interventions.spec import parse_interventions
+from interventions.spec import Inspect, Intervention, parse_interventions
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -35,8 +37,13 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def check_ruleset(source: str | Mapping[str, Any], catalogue: ServedCatalogue) -> Ruleset:
-    """The normal form of a rule set that this server can run, alone in a request.
+Compile = Callable[[Sequence[Intervention], Sequence[Inspect]], Compiled]
+
+
+def check_ruleset(source: str | Mapping[str, Any], catalogue: ServedCatalogue, run: Compile | None = None) -> Ruleset:
+    """The normal form of a rule set that fits this server's catalogue, alone in a request.
+
+    ``run`` compiles it as for a request (``EditState.compile``): what the engine behind it would refuse is refused here.
 
     Raises:
         RuleError: what is wrong, with line and column of the text or the path in the JSON form.
@@ -46,7 +53,8 @@ def check_ruleset(source: str | Mapping[str, Any], catalogue: ServedCatalogue) -
     ruleset = parse_ruleset(source, catalogue.rule_context(), "text" if isinstance(source, str) else "")
     if ruleset.rules:
         try:
-            compile_request(parse_interventions([{"type": "rules"} | form]), [], catalogue)
+            compiling = run or partial(compile_request, catalogue=catalogue)
+            compiling(parse_interventions([{"type": "rules"} | form]), [])
         except InterventionError as error:
             raise _at_top(error) from None
     return ruleset
@@ -95,7 +103,7 @@ def shown_normal(name: str, stored: StoredRuleset, catalogue: ServedCatalogue) -
         return {"normal": None, "problem": envelope(error)["error"]}
 
 
-def check_body(raw: Any, catalogue: ServedCatalogue) -> dict[str, Any]:
-    """The answer of ``POST /v1/rulesets/check``."""
+def check_body(raw: Any, state: EditState) -> dict[str, Any]:
+    """The answer of ``POST /v1/rulesets/check``: whether a request with it would run."""
     source, _ = split_source(raw)
-    return normal_form(check_ruleset(source, catalogue))
+    return normal_form(check_ruleset(source, state.catalogue, state.compile))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,14 @@ from fastapi import Request
 from editserver.api.capacity import Capacity
 from editserver.api.jobs import Jobs
 from editserver.api.knowledge import FeatureKnowledge
-from editserver.catalogue import ServedCatalogue
+from editserver.catalogue import ServedCatalogue, ServedSAE
+from editserver.engine.abilities import NOT_ENCODED, ON_GPU, Abilities
+from editserver.engine.compat.core import FORGETFUL
 from editserver.engine.config import EngineConfig
 from editserver.settings import Settings
+from interventions.compile import Compiled, compile_request
 from interventions.errors import InterventionError
+from interventions.spec import Inspect, Intervention
 
 
 @dataclass
@@ -26,6 +31,8 @@ class EditState:
         vllm_version: of the running vLLM.
         model: the served model's name.
         jobs: work that outlives its request.
+        device: what the engine can do, where it is one of kernels; None: everything.
+        forgetful: whether nothing keeps what gates and rules saw of a token that drafts may make run again.
     """
 
     config: EngineConfig
@@ -36,6 +43,8 @@ class EditState:
     model: str
     app_state: Any
     jobs: Jobs = field(default_factory=Jobs)
+    forgetful: bool = False
+    device: Abilities | None = None
     _knowledge: dict[str, FeatureKnowledge] = field(default_factory=dict)
 
     def knowledge(self, sae: str) -> FeatureKnowledge:
@@ -45,6 +54,31 @@ class EditState:
             path = next(source.path for source in self.config.saes if source.id == sae)
             known = self._knowledge[sae] = FeatureKnowledge.read(path, self.catalogue.sae(sae).sae)
         return known
+
+    def compile(self, specs: Sequence[Intervention], reads: Sequence[Inspect]) -> Compiled:
+        """What a request's fields mean here.
+
+        Raises:
+            InterventionError: with the contract's codes.
+        """
+        compiled = compile_request(specs, reads, self.catalogue)
+        if self.forgetful and compiled.program is not None and compiled.program.listens:
+            first = next((entry.param for entry in compiled.entries if entry.listens), "interventions")
+            raise InterventionError("unsupported_with_interventions", FORGETFUL, first)
+        self.check(compiled)
+        return compiled
+
+    def check(self, compiled: Compiled) -> None:
+        """Refuse what the engine does not do, before anything of it is reached; raises InterventionError."""
+        if self.device is not None:
+            self.device.check(compiled.payload())
+
+    def shown(self, sae: ServedSAE) -> dict[str, Any]:
+        """The contract's SAE object: what may be asked of it on this server."""
+        shown = sae.as_dict()
+        if self.device is not None and sae.sae.digest in self.device.not_encoded:
+            shown |= {"editable": False, "top_k": False, "reason": f"{ON_GPU}, {NOT_ENCODED}"}
+        return shown
 
 
 def editing(request: Request) -> EditState:

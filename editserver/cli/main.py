@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from editserver import __version__
 from editserver.cli import calibrate, features, fit, rules
+
+if TYPE_CHECKING:
+    from editserver.cli.serve import Options
 
 app = typer.Typer(
     name="editserver",
@@ -80,7 +84,8 @@ def serve(
         typer.Option(metavar="ID", help="TopK SAEs whose members a calibrated threshold decides. Repeatable."),
     ] = None,
     library: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the vector library; default: in the cache folder.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of vectors, concepts, maps, rule sets; default: in the cache."),
     ] = None,
     max_dose: Annotated[
         str | None,
@@ -99,27 +104,10 @@ def serve(
     """Serve a model."""
     _require_vllm()
     from editserver.api.vllm_entry import parse_serve_args, run
-    from editserver.cli.serve import Options, UsageError, prepare
 
     if vllm_help:
         parse_serve_args(["--help=all"])
-    if model.startswith("-"):
-        _fail(f"MODEL comes first: editserver serve MODEL {model} …")
-    options = Options(
-        saes=tuple(sae or ()),
-        arm_layers=arm_layers,
-        full_encode=tuple(full_encode or ()),
-        approximate=tuple(approximate or ()),
-        library=library,
-        max_dose=max_dose,
-        bank_rows=bank_rows,
-        limits=tuple(limit or ()),
-        max_body_mib=max_body_mib,
-    )
-    try:
-        args = prepare(model, options, context.args)
-    except UsageError as error:
-        _fail(str(error))
+    args = _prepared(context)
     from editserver.api.plugin import HandshakeError
     from editserver.catalogue import CatalogueError
     from editserver.engine.compat.refuse import UnsupportedConfig
@@ -147,16 +135,39 @@ def demo(
     raise typer.Exit(show(port=port, once=once, flags=context.args))
 
 
-@app.command()
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    help="Check this machine: what is wrong, and the command that mends it.\n\n"
+    "With a MODEL and the flags of [bold]editserver serve[/bold], also what such a server keeps in memory for editing, "
+    "buffer by buffer: [bold]editserver doctor demo --max-model-len 2048[/bold].",
+)
 def doctor(
+    context: typer.Context,
     selftest: Annotated[
         bool, typer.Option("--selftest", help="Also run a small engine and prove an edit (about a minute).")
     ] = False,
 ) -> None:
-    """Check this machine: what is wrong, and the command that mends it."""
+    """Check this machine, and a configuration."""
     from editserver.cli.doctor import examine
 
-    raise typer.Exit(examine(selftest=selftest))
+    code = examine(selftest=selftest)
+    if context.args and not code:
+        _show_memory(context.args)
+    raise typer.Exit(code)
+
+
+def _show_memory(arguments: Sequence[str]) -> None:
+    _require_vllm()
+    from editserver.cli.memory import plan, show
+    from editserver.engine.compat.refuse import UnsupportedConfig
+
+    command: Any = typer.main.get_command(app)
+    args = _prepared(command.commands["serve"].make_context("doctor", list(arguments)))
+    try:
+        found = plan(args)
+    except (UnsupportedConfig, ValueError) as error:  # vLLM's own: a flag that does not fit the model
+        _fail(str(error))
+    show(found, Console())
 
 
 app.command(help=calibrate.HELP, epilog=calibrate.EXAMPLES)(calibrate.calibrate)
@@ -178,6 +189,36 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def _prepared(given: typer.Context) -> Namespace:
+    """vLLM's arguments of a server as typed; what cannot be served ends the command with a sentence."""
+    from editserver.cli.serve import UsageError, prepare
+
+    model = given.params["model"]
+    if model.startswith("-"):
+        _fail(f"MODEL comes first: editserver {given.info_name} MODEL {model} …")
+    try:
+        return prepare(model, _options(given.params), given.args)
+    except UsageError as error:
+        _fail(str(error))
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    """Our own options of ``serve``, by the names of its parameters."""
+    from editserver.cli.serve import Options
+
+    return Options(
+        saes=tuple(given["sae"] or ()),
+        arm_layers=given["arm_layers"],
+        full_encode=tuple(given["full_encode"] or ()),
+        approximate=tuple(given["approximate"] or ()),
+        library=given["library"],
+        max_dose=given["max_dose"],
+        bank_rows=given["bank_rows"],
+        limits=tuple(given["limit"] or ()),
+        max_body_mib=given["max_body_mib"],
+    )
 
 
 def _require_vllm() -> Any:

@@ -86,6 +86,7 @@ def prepare(model: str, options: Options, vllm_flags: Sequence[str]) -> Namespac
             layers = set(DEMO_LAYERS)
     args = parse_serve_args([path, *flags])
     refuse_flags(args)
+    args.api_server_count = 1  # left to itself, vLLM starts one for each data-parallel engine
     opened = open_saes(sources, options.approximate)
     if opened and (shape := model_shape(args)) is not None:
         _check_fit(opened, *shape)
@@ -102,6 +103,7 @@ def prepare(model: str, options: Options, vllm_flags: Sequence[str]) -> Namespac
         saes=tuple(one.source() for one in opened),
         full_encode=_full_encode(opened, options.full_encode),
         bank_rows=settings.limits.bank_rows,
+        propositions=settings.limits.propositions,
     )
     args.additional_config = merged(args.additional_config, config)
     args.enable_prompt_tokens_details = True

@@ -129,6 +129,39 @@ def test_a_bad_inspection_is_refused_by_its_field(http: httpx.Client, raw: Any, 
     check_refused(post_chat(http, inspect=raw), code, param)
 
 
+SLIPS: list[tuple[dict[str, Any], str]] = [
+    ({"interventions": [{"type": "stear"}]}, "steer"),
+    ({"interventions": [STEER | {"sae": RELU.replace("l15", "l51")}]}, RELU),
+    ({"interventions": [STEER | {"strengh": 8}]}, "strength"),
+    ({"interventions": [STEER | {"mode": "normalised"}]}, "normalized"),
+    ({"interventions": [STEER | {"tokens": "promt"}]}, "prompt"),
+    ({"interventions": one({"index": 1, "op": "scal", "value": 2})}, "scale"),
+    ({"interventions": [{"type": "suppress", "concept": {"sae": RELU, "features": [1]}, "method": "maks"}]}, "mask"),
+    ({"interventions": [STEER | {"when": "seen(feature(probe/l51, 3) > 1)"}]}, RELU),
+    ({"interventions": [{"type": "rules", "text": "rul r: a -> b"}]}, "rule"),
+    ({"inspect": {"sae": RELU, "topk": 1}}, "top_k"),
+    ({"inspect": {"sae": TOPK.replace("topk", "topp"), "top_k": 1}}, TOPK),
+]
+
+
+@pytest.mark.parametrize(("fields", "meant"), SLIPS, ids=[meant for _, meant in SLIPS])
+def test_a_slip_of_the_pen_is_answered_with_what_was_meant(
+    http: httpx.Client, fields: dict[str, Any], meant: str
+) -> None:
+    answer = post_chat(http, **fields)
+    assert answer.status_code == 400
+    assert f"Did you mean {meant!r}?" in answer.json()["error"]["message"]
+
+
+def test_what_is_out_of_range_is_answered_with_the_range(http: httpx.Client) -> None:
+    for raw, known in (
+        (STEER | {"feature": N_FEATURES}, f"0..{N_FEATURES - 1}"),
+        (VALUES | {"layer": 14}, "armed are 10, 15, 20"),
+        (VALUES | {"layer": 30}, "0..29"),
+    ):
+        assert known in post_chat(http, interventions=[raw]).json()["error"]["message"]
+
+
 def test_what_cannot_be_combined_is_refused(http: httpx.Client) -> None:
     check_refused(
         post_chat(http, interventions=[STEER], use_beam_search=True, n=2),

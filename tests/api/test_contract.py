@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -101,14 +103,54 @@ def test_a_receipt_counts_every_selected_token(http: httpx.Client, chat: Chat) -
     interventions = [STEER | {"strength": 5, "tokens": tokens, "id": str(tokens)} for tokens in cases]
     interventions.append(STEER | {"tokens": {"from": -3, "to": -1}, "id": "slice"})
     interventions.append(STEER | {"tokens": {"from": 0, "to": 1}, "include_bos": True, "id": "bos"})
+    interventions.append(STEER | {"tokens": ["last_prompt_token", "generated"], "id": "answer"})
     body = chat(interventions=interventions).json()
     entries = {entry["id"]: entry for entry in body["interventions"]["receipt"]}
-    for name, counts in (cases | {"slice": (2, 2), "bos": (1, 1)}).items():
+    for name, counts in (cases | {"slice": (2, 2), "bos": (1, 1), "answer": (n, 1)}).items():
         assert (entries[name]["tokens_edited"], entries[name]["prompt_tokens_edited"]) == counts, name
         assert entries[name]["fired"] == counts[0] - max(0, min(counts[1], entries[name]["computed_from"] - 1)), name
     assert body["usage"]["completion_tokens"] == n
     assert len(body["interventions"]["digest"]) == 64
     assert 0 < entries["all"]["dose_mean"] <= entries["all"]["dose_max"]
+
+
+def test_positions_are_those_behind_the_template_and_a_prefilled_answer_is_prompt(
+    http: httpx.Client, chat: Chat
+) -> None:
+    messages = [{"role": "user", "content": "Tell me about Paris."}, {"role": "assistant", "content": "It is the"}]
+    prefilled = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    ids = http.post("/tokenize", json={"model": MODEL, **prefilled}).json()["tokens"]
+    assert len(ids) > len(prompt_tokens(http))
+    generated = STEER | {"strength": 5, "tokens": "generated"}
+    body = chat(**prefilled, interventions=[generated], inspect={"sae": RELU, "features": [3]}, max_tokens=4).json()
+    (entry,) = body["interventions"]["receipt"]
+    assert (entry["tokens_edited"], entry["prompt_tokens_edited"]) == (3, 0)
+    read = body["inspection"]["tokens"]
+    assert [token["token_id"] for token in read if token["phase"] == "prompt"] == ids[1:]
+    assert len(read) == len(ids) - 1 + 3
+
+
+def test_positions_are_those_behind_truncation(http: httpx.Client) -> None:
+    prompt = "One two three four five six seven eight nine ten"
+    ids = http.post("/tokenize", json={"model": MODEL, "prompt": prompt}).json()["tokens"]
+    body = {"model": MODEL, "prompt": prompt, "truncate_prompt_tokens": 5, "max_tokens": 3, "ignore_eos": True}
+    fields = {"interventions": [STEER | {"strength": 5}], "inspect": {"sae": RELU, "features": [3], "tokens": "prompt"}}
+    answer = http.post("/v1/completions", json=body | fields).json()
+    assert answer["usage"]["prompt_tokens"] == 5
+    (entry,) = answer["interventions"]["receipt"]
+    assert (entry["tokens_edited"], entry["prompt_tokens_edited"]) == (5 + 3 - 2, 4)
+    read = answer["inspection"]["tokens"]
+    assert [token["position"] for token in read] == [1, 2, 3, 4]
+    assert [token["token_id"] for token in read] == ids[-4:]
+
+
+def test_a_seed_draws_the_same_edited_answer_again(chat: Chat) -> None:
+    drawn = {"temperature": 1.0, "seed": 5, "interventions": [STEER | {"strength": 20}]}
+    chat(**drawn)  # the next ones find its prompt in the prefix cache
+    again = [chat(**drawn).json() for _ in range(2)]
+    assert again[0]["choices"][0]["message"] == again[1]["choices"][0]["message"]
+    assert again[0]["interventions"] == again[1]["interventions"]
+    assert chat(**drawn | {"seed": 6}).json()["choices"][0]["message"] != again[0]["choices"][0]["message"]
 
 
 def test_an_edit_changes_the_answer_and_a_noop_does_not(chat: Chat) -> None:
@@ -235,7 +277,31 @@ def test_openapi_describes_our_fields_and_routes(http: httpx.Client) -> None:
     chat_schema = api["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]
     assert {"messages", "interventions", "inspect"} <= set(chat_schema["properties"])
     assert {"Steer", "EditFeatures", "Inspect"} <= set(api["components"]["schemas"])
-    assert {"/v1/capabilities", "/v1/saes", "/v1/library/vectors/{name}"} <= set(api["paths"])
+    ours = re.compile(r"/v1/(capabilities|saes|calibrate_strength|library|rulesets|concepts|jobs)\b")
+    described = {
+        (method.upper(), re.sub(r"\{\w+\}", "{}", path))
+        for path, methods in api["paths"].items()
+        if ours.match(path)
+        for method in methods
+    }
+    assert described == documented()
+    assert http.get("/docs").status_code == 200
+
+
+def documented() -> set[tuple[str, str]]:
+    """(method, path) of the table of other endpoints in ``docs/api.md``; a method without a path belongs to the next path."""
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text().partition("## Other endpoints")[2]
+    found: set[tuple[str, str]] = set()
+    methods: list[str] = []
+    for row in re.findall(r"^\| (`[A-Z].*?) \|", text.partition("\n## ")[0], re.MULTILINE):
+        for item in re.findall(r"`([^`]+)`", row):
+            method, _, path = item.partition(" ")
+            methods.append(method)
+            if path:
+                plain = re.sub(r"\{\w+\}", "{}", path.partition("?")[0])
+                found |= {(one, plain) for one in methods}
+                methods.clear()
+    return found - {("GET", "/metrics")}
 
 
 def test_metrics_count_edits_refusals_and_the_bank(http: httpx.Client, chat: Chat) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from editserver.cli import doctor
+from editserver.cli import doctor, main
 from editserver.engine.compat import version
+
+from .conftest import Server
 
 
 def report() -> tuple[int, str]:
@@ -56,3 +60,48 @@ def test_one_problem_fails_the_examination(monkeypatch: pytest.MonkeyPatch) -> N
     code, text = report()
     assert code == 1
     assert "buy some" in text
+
+
+# -- what a configuration keeps in memory ------------------------------------------------------------------------------
+
+
+def told(monkeypatch: pytest.MonkeyPatch, *arguments: str, code: int = 0) -> str:
+    """What ``editserver doctor`` prints for a configuration, without its checks of the machine."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_PLUGINS", "editserver")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(doctor, "examine", lambda selftest: 0)
+    done = CliRunner().invoke(main.app, ["doctor", *arguments])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_a_configuration_is_told_buffer_by_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--limit", "propositions=200", "--bank-rows", "2048", "--full-encode", "none")
+    text = told(monkeypatch, "demo", "--max-num-batched-tokens", "4096", *flags)
+    rows = {cells[1].strip(): cells[3].strip() for line in text.splitlines() if len(cells := line.split("│")) > 3}
+    assert rows["row bank"] == f"{2048 * (2 * 576 + 4) * 4 / 2**20:.2f} MiB"
+    assert rows["stream of a step"] == f"{(4096 + 2) * 576 * 4 / 2**20:.2f} MiB"
+    assert rows["hits of gates"] == "24 B"
+    assert rows["propositions of rules"] == f"{3 * 4 * 8} B"
+    assert "whole dictionaries" not in rows
+    assert "A token's KV is 23,040 bytes" in text
+    assert f"{120 / (120 + 23040):.2%}" in text
+
+
+def test_a_configuration_that_cannot_be_served_is_refused_as_serve_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--sae nowhere" in told(monkeypatch, "demo", "--sae", "nowhere", code=2)
+    text = told(monkeypatch, "--max-model-len", "2048", "demo", code=2)
+    assert "MODEL comes first: editserver doctor MODEL --max-model-len" in text
+    text = told(monkeypatch, "demo", "--max-model-len", "999999", code=2)
+    assert "editserver: " in text
+    assert "max_model_len (999999) is greater than" in text
+
+
+@pytest.mark.engine
+def test_the_tokens_that_are_told_are_those_of_the_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = told(monkeypatch, "demo", "--block-size", "32", "--max-model-len", "1024", "--arm-layers", "10,15,20")
+    (here,) = re.findall(r"hold KV, ([\d,]+) tokens", text)
+    log = server.log.read_text()
+    assert re.findall(r"KV cache size: ([\d,]+) tokens", log) == [here]
+    assert len(re.findall(r"editserver: [\d.]+ MiB reserved \(row bank", log)) == 1

@@ -249,6 +249,11 @@ def test_the_report_judges_the_detector_on_held_out_texts_beside_a_dense_probe(f
         assert told["difference"] == pytest.approx(gap)
         assert "the dense probe" in told["says"]
     assert report["cross_validated"]["token"]["dense"]["balanced_accuracy"] > 0.6  # it reads the stream itself
+    sure = (
+        report["held_out"]["text"]["detector"]["low"] > 0.5
+        and report["cross_validated"]["text"]["detector"]["low"] > 0.5
+    )
+    assert (report["doubt"] is None) == sure
 
 
 def test_words_and_places_are_labelled_and_the_rest_is_a_class_of_its_own(http: httpx.Client) -> None:

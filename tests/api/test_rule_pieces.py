@@ -108,12 +108,21 @@ def test_every_firing_is_listed_with_the_chain_of_rules_that_led_to_it() -> None
 
 @pytest.mark.parametrize("steps", [(8,), (5, 6, 7, 8), (1, 2, 3, 4, 5, 6, 7, 8), (3, 3, 8)])
 def test_events_are_told_once_and_in_order_however_the_tokens_come(
-    steps: tuple[int, ...], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, trace = told()
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    with caplog.at_level(logging.INFO, "vllm.editserver.rules"):
+    logged: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    monkeypatch.setattr(listener, "emit", logged.append)
+    logger = logging.getLogger("vllm.editserver.rules")  # its own: vLLM, once imported, sets up the one above it
+    for name, value in (("handlers", [listener]), ("propagate", False)):
+        monkeypatch.setattr(logger, name, value)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
         events = [event for stop in steps for event in advance(report, trace, stop)]
+    finally:
+        logger.setLevel(before)
     assert events == [
         {"id": "guard", "rule": "hop1", "conclusion": "danger", "position": 2},
         {"id": "guard", "action": "flag", "conclusion": "danger", "position": 2},
@@ -123,7 +132,7 @@ def test_events_are_told_once_and_in_order_however_the_tokens_come(
         {"id": "guard", "rule": "hop1", "conclusion": "danger", "position": 6},
         {"id": "guard", "action": "flag", "conclusion": "danger", "position": 6},
     ]
-    assert caplog.messages == ["request cmpl-1: rules 'guard' concluded worse at position 3"]
+    assert [r.getMessage() for r in logged] == ["request cmpl-1: rules 'guard' concluded worse at position 3"]
 
 
 def test_what_the_evidence_does_not_explain_fails_the_request() -> None:

@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import uvicorn
@@ -119,8 +118,12 @@ def test_a_long_line_is_cut_around_the_column() -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server's own route over HTTP, with the bundled dictionaries and an empty library; no engine is needed."""
     from editserver.api import errors, routes_rulesets
+    from editserver.api.capacity import Capacity
+    from editserver.api.state import EditState
     from editserver.catalogue import ServedCatalogue, ServedSAE
+    from editserver.engine.config import EngineConfig
     from editserver.library import ConceptLibrary, MapLibrary, RulesetLibrary, VectorLibrary
+    from editserver.settings import Settings
     from interventions.errors import InterventionError
     from interventions.limits import Limits
     from sae_weights import bundled, resolve
@@ -145,7 +148,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     api = FastAPI()
     api.include_router(routes_rulesets.router)
     api.add_exception_handler(InterventionError, errors.handle)
-    api.state.editserver = SimpleNamespace(catalogue=catalogue)
+    config = EngineConfig(catalogue.armed_layers)
+    api.state.editserver = EditState(config, Settings(), catalogue, Capacity(8192), "0", "model", None)
     running = uvicorn.Server(uvicorn.Config(api, port=0, log_level="error"))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()

@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from editserver.cli.sae import app
 from sae_weights import load_sae
+from sae_weights.training import run
 from sae_weights.training.corpus import python_sources
+from sae_weights.training.stream import Streamed
 from sae_weights.training.trainer import State
 
 runner = CliRunner()
@@ -66,8 +68,15 @@ def test_a_finished_run_goes_on_when_more_tokens_are_asked_for(text, tmp_path):
 
 @pytest.mark.parametrize(("objective", "architecture"), [("topk", "topk"), ("jumprelu", "jumprelu")])
 def test_a_stream_keeps_no_activations_and_other_objectives_are_saved_as_themselves(
-    objective, architecture, text, tmp_path
+    objective, architecture, text, tmp_path, monkeypatch
 ):
+    class Small(Streamed):
+        """With a buffer of as many tokens as are trained on, not thirteen times as many."""
+
+        def __init__(self, model, sequences, seed):
+            super().__init__(model, sequences, seed, buffer=20_000)
+
+    monkeypatch.setattr(run, "Streamed", Small)
     done = train(text, tmp_path / "out", tmp_path / "work", "--stream", "--objective", objective, tokens="20k")
     assert done.exit_code == 0, done.output
     assert load_sae(tmp_path / "out").architecture == architecture

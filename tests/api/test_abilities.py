@@ -1,0 +1,121 @@
+"""A server whose engine is one of kernels refuses what those do not do, before anything reaches the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from editserver.api.capacity import Capacity
+from editserver.api.routes_catalogue import _without_prefix
+from editserver.api.routes_concepts import _check_stream
+from editserver.api.rulesets import check_body
+from editserver.api.state import EditState
+from editserver.catalogue import build_catalogue
+from editserver.engine.abilities import Abilities
+from editserver.engine.config import EngineConfig, SAESource
+from editserver.engine.triton import capacity as reserved
+from editserver.settings import Settings
+from interventions.errors import InterventionError
+from interventions.spec import parse_inspect, parse_interventions
+from sae_weights import load_sae
+from tests.engine.dictionaries import write_native
+
+D = 24
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> EditState:
+    folder = tmp_path_factory.mktemp("served")
+    sources = []
+    for name in ("polysae", "abstopk", "relu"):
+        sae = load_sae(write_native(folder / name, 1, name, D))
+        assert sae.origin is not None
+        sources.append(SAESource(name, sae.origin.as_dict(), sae.digest, 1))
+    config = EngineConfig((1,), tuple(sources), ("polysae", "abstopk"))
+    catalogue = build_catalogue(
+        config, Settings(library=Path(folder) / "library"), d_model=D, n_layers=3, vocab_size=32, tokenizer=None
+    )
+    made = EditState(config, Settings(), catalogue, Capacity(config.bank_rows), "0", "model", None)
+    by_id = {source.id: source.digest for source in sources}
+    sizes = (
+        reserved.Capacity.of(tokens=64, rows=4, bank_rows=64),
+        reserved.RuleCapacity.of(requests=8, propositions=128),
+    )
+    whole, other = {by_id["abstopk"]: "abstopk"}, {by_id["polysae"]: "polysae"}
+    made.device = Abilities(*sizes, reserved.EncodeCapacity(), whole, other)
+    return made
+
+
+def edit(sae: str) -> list[dict[str, object]]:
+    return [{"type": "edit_features", "sae": sae, "features": [{"index": 3, "op": "set", "value": 2.0}]}]
+
+
+def test_what_the_kernels_do_is_compiled(state: EditState) -> None:
+    for sae in ("relu", "abstopk"):
+        inspect = {"sae": sae, "features": [1]} | ({"top_k": 4} if sae == "abstopk" else {})
+        assert state.compile(parse_interventions(edit(sae)), parse_inspect(inspect)).program is not None
+
+
+def refusal(state: EditState, interventions: list[dict[str, object]], inspect: object = None) -> InterventionError:
+    with pytest.raises(InterventionError) as refused:
+        state.compile(parse_interventions(interventions), parse_inspect(inspect))
+    assert (refused.value.code, refused.value.status) == ("unsupported_with_interventions", 400)
+    return refused.value
+
+
+def test_what_they_do_not_do_is_refused_with_the_contracts_code_and_the_field(state: EditState) -> None:
+    inspect = {"sae": "polysae", "top_k": 2}
+    for interventions, reads, field in (
+        (edit("polysae"), None, "interventions"),
+        (edit("polysae"), inspect, "interventions"),
+        (edit("relu"), inspect, "inspect"),
+        ([], inspect, "inspect"),
+    ):
+        error = refusal(state, interventions, reads)
+        assert (error.message, error.param) == (
+            "on a GPU, dictionaries of this kind are not encoded yet: polysae",
+            field,
+        )
+        if field == "inspect":
+            assert _without_prefix(error).param is None  # POST …/activations has no such field
+
+
+def test_what_is_listed_says_what_they_do_not_do(state: EditState, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {name: state.shown(sae) for name, sae in state.catalogue.saes.items()}
+    assert {name: (one["editable"], one["top_k"]) for name, one in shown.items()} == {
+        "polysae": (False, False),
+        "abstopk": (True, True),
+        "relu": (True, False),
+    }
+    assert shown["polysae"]["reason"] == "on a GPU, dictionaries of this kind are not encoded yet"
+    monkeypatch.setattr(state, "device", None)
+    assert state.shown(state.catalogue.sae("polysae")) == state.catalogue.sae("polysae").as_dict()
+
+
+def test_a_detector_is_refused_before_there_is_a_job(state: EditState) -> None:
+    with pytest.raises(InterventionError) as refused:
+        _check_stream(state, state.catalogue.sae("relu"))
+    assert (refused.value.code, refused.value.param) == ("unsupported_with_interventions", "detector")
+    assert "null fits a concept without one" in str(refused.value)
+
+
+def test_where_nothing_is_kept_what_listens_is_refused_by_its_field(
+    state: EditState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "device", None)
+    monkeypatch.setattr(state, "forgetful", True)
+    steer: dict[str, object] = {"type": "steer", "sae": "relu", "feature": 1, "strength": 2}
+    rules = {"type": "rules", "text": "rule: feature(relu, 1) > 0 -> found\non found: flag"}
+    gated = steer | {"when": "seen(feature(relu, 1) > 0)"}
+    for listening in (rules, gated):
+        assert refusal(state, [steer, steer | {"feature": 2}, listening]).param == "interventions[2]"
+    with pytest.raises(InterventionError, match="a KV cache that keeps every token") as refused:
+        check_body({"text": rules["text"]}, state)
+    assert (refused.value.code, refused.value.param) == ("unsupported_with_interventions", None)
+    assert state.compile(parse_interventions([steer, gated | {"strength": 0}]), []).program is not None
+
+
+def test_elsewhere_the_same_requests_are_compiled(state: EditState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "device", None)
+    assert state.compile(parse_interventions(edit("polysae")), []).program is not None
