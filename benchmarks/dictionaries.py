@@ -9,6 +9,7 @@ import torch
 
 from editserver.engine.config import SAESource
 from sae_weights import SAE, load_sae
+from sae_weights.errors import SAEFormatError
 from sae_weights.formats import save_native
 from sae_weights.hook import Hook
 
@@ -23,7 +24,15 @@ def write_random(
     architecture: str = "relu",
     k: int | None = None,
 ) -> SAESource:
-    """Such a dictionary in the feature-major layout of ``editserver sae import``, its numbers exact in bfloat16."""
+    """Such a dictionary in the feature-major layout of ``editserver sae import``, its numbers exact in bfloat16.
+
+    One that is there already is left as it is: an engine may have it open.
+    """
+    target = folder / f"{name.replace('/', '-')}-{n_features}x{d_model}"
+    try:
+        return _source(name, layer, load_sae(target))
+    except SAEFormatError:
+        pass  # not there, or another program's unfinished work
     generator = torch.Generator().manual_seed(layer)
     rows = torch.nn.functional.normalize(torch.randn(n_features, d_model, generator=generator), dim=1)
     rows = rows.bfloat16().float()
@@ -37,6 +46,9 @@ def write_random(
         gate={"b_enc": torch.zeros(n_features)},
         **fields,
     )
-    opened = load_sae(save_native(sae, folder / name.replace("/", "-"), dtype=torch.bfloat16))
+    return _source(name, layer, load_sae(save_native(sae, target, dtype=torch.bfloat16)))
+
+
+def _source(name: str, layer: int, opened: SAE) -> SAESource:
     assert opened.origin is not None
     return SAESource(name, opened.origin.as_dict(), opened.digest, layer)

