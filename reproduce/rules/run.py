@@ -1,19 +1,17 @@
-"""All cells of the study, each kept in the cache as soon as it is done, so that an interrupted run goes on where it was."""
+"""All cells of the study, and what they share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from reproduce.cells import Say, keep, measured
 from reproduce.model import Runner
 from reproduce.rules import as_served, hops, measure_hops, measure_rail, rail, safety, steer
 from reproduce.rules.detectors import Detectors, as_json, fit_words, from_json
@@ -35,8 +33,6 @@ VERDICTS = ("The answer is {}", "Answer: {}", "Verdict: {}", "That is {}", "The 
 
 SERVED = 4
 """Questions of each number of hops that are also run as whole requests."""
-
-Say = Callable[[str], None]
 
 
 class Study:
@@ -100,7 +96,7 @@ class Study:
         prompts = [prompt(tokenizer, message) for message in messages]
         reads = read_all(runner, sae, EVIDENCE_LAYER, [p.ids for p in prompts])
         found = fit_words(prompts, reads, concepts, sae.n_features, say)
-        _keep(file, json.dumps(as_json(found)).encode())
+        keep(file, as_json(found))
         return found
 
     def _steering(self, _say: Say) -> Any:
@@ -157,36 +153,10 @@ def run(sizes: Sizes, cache: Path | None = None, console: Console | None = None)
         DataError: the labelled texts cannot be fetched.
     """
     study = Study(sizes, cache)
-    cells, found = study.cells(), {}
-    columns = (
-        TextColumn("{task.description:40}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console or Console(stderr=True)) as bar:
-        task = bar.add_task("loading", total=len(cells))
-        for name, measure in cells.items():
-            path = study.folder / f"{name}.json"
-
-            def say(step: str, name: str = name) -> None:
-                bar.update(task, description=f"{name}: {step}")
-
-            say("")
-            if not path.is_file():
-                torch.manual_seed(0)
-                _keep(path, (json.dumps(measure(say), indent=1, ensure_ascii=False) + "\n").encode())
-            found[name] = json.loads(path.read_text())
-            bar.advance(task)
+    found = measured(study.folder, study.cells(), console)
     return {
         "model": "SmolLM2-135M-Instruct",
         "settings": sizes.as_dict(),
         "saes": {str(layer): sae.digest for layer, sae in study.saes.items()},
         "cells": found,
     }
-
-
-def _keep(path: Path, content: bytes) -> None:
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_bytes(content)
-    part.replace(path)

