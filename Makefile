@@ -20,13 +20,14 @@ TESTS := $(filter-out $(TESTS_LAST) tests/__pycache__,$(patsubst %/,%,$(wildcard
 PYTEST_ARGS ?=
 ARGS ?=
 
-.PHONY: help setup setup-oracle demo test bench reproduce-app reproduce-unlearning reproduce-rules lint format lock clean
+.PHONY: help setup setup-oracle demo test bench bench-peers reproduce-app reproduce-unlearning reproduce-rules lint format lock clean
 
 help:
 	@echo 'make setup   build .venv from the pinned CPU locks (a few minutes, once)'
 	@echo 'make demo    serve a small chat model on CPU and show one answer plain and one edited'
 	@echo 'make test    lint, types, import direction and every test, the real engine included'
-	@echo 'make bench   throughput against vLLM without the plugin'
+	@echo 'make bench   what editing costs, against vLLM without the plugin; about half an hour (ARGS=--quick; ARGS=--help)'
+	@echo 'make bench-peers  an environment for vllm-lens, which make bench then compares with as well'
 	@echo 'make reproduce-app  what taking a concept away costs, by four methods (ARGS=--quick: 3 minutes)'
 	@echo 'make reproduce-unlearning  what is left of an entity under maps, clamps behind gates and a prompt (ARGS=--quick)'
 	@echo 'make reproduce-rules  rules over features: multi-hop questions, indirect cues, unsafe requests (ARGS=--quick)'
@@ -55,11 +56,18 @@ $(ORACLE_READY): requirements/oracle.lock $(LOCKS) | $(READY)
 demo: setup
 	@$(BIN)/editserver demo
 
-test: lint setup-oracle
+test: setup
+	@$(MAKE) --no-print-directory -j2 -O lint setup-oracle
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
+# A quick run shows that everything works; its figures are not for a page.
 bench: setup
-	@$(BIN)/python benchmarks/serve.py
+	@$(BIN)/python -m benchmarks $(ARGS)
+	@case " $(ARGS) " in "  ") $(BIN)/python -m benchmarks.page;; esac
+
+# A peer's vLLM is another version: it lies on top of $(VENV), which never sees it.
+bench-peers: setup
+	@$(BIN)/python benchmarks/peers/setup.py
 
 # Where it is interrupted, it goes on.
 reproduce-app: setup
@@ -87,4 +95,4 @@ lock:
 	@$(BIN)/python tools/lock.py
 
 clean:
-	rm -rf $(VENV) $(ORACLE) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) $(ORACLE) .venv-vllm-lens .mypy_cache .ruff_cache .pytest_cache build *.egg-info
