@@ -160,7 +160,7 @@ def delta_block(
     T: tl.constexpr,
     LOG: tl.constexpr,
 ):
-    """Σ_c coefficient_c·write_c at ``columns [LANES]``, channels in order: fp32 ``[T, LANES]``.
+    """Σ_c coefficient_c·write_c at ``columns [LANES]``, channels in order: fp32 ``[T, LANES]``; 0 outside.
 
     ``coefficients`` are pointers ``[T]``.
     Rows whose coefficient is zero at every token of the tile are not loaded.
@@ -178,7 +178,7 @@ def delta_block(
             several = tl.broadcast_to(amount[:, None], (T, 1 << LOG))
             # An infinite entry of a row must not turn "no change" into NaN.
             delta = tl.where(several != 0, tl.fma(several, row, delta), delta)
-    return delta
+    return tl.where((columns < D)[None, :], delta, 0.0)  # an infinite coefficient times nothing is NaN
 
 
 @triton.jit
@@ -312,7 +312,7 @@ def edit_kernel(
         delta = delta_block(channels, first, last, my_coefficients, bank_write, columns, D, T, WIDE)
         squares = squares_onto(squares, delta, T, WIDE, LOG)
     size = tl.sqrt_rn(halves(squares, T, LOG))
-    written = valid & (size > 0)
+    written = valid & (size != 0)  # so is what is no number any more
     bound = tl.load(dose_bound + q)
     ratio = tl.where(norm > 0, tl.div_rn(size, tl.where(norm > 0, norm, 1.0)), float("inf"))
     excess = written & (ratio > bound)

@@ -156,6 +156,13 @@ def one_row(program: Program, n: int) -> Row:
     return Row(Payload(program, (), program.digest()), 3, 5, torch.arange(n))
 
 
+def with_ops(program: Program, ops: tuple[Op, ...]) -> Program:
+    """A program of one channel, with these ops on it."""
+    (layer,) = program.layers
+    channel = msgspec.structs.replace(layer.channels[0], ops=ops)
+    return msgspec.structs.replace(program, layers=(msgspec.structs.replace(layer, channels=(channel,)),))
+
+
 def stream_batch(rows: tuple[Row, ...], seed: int, dtype: torch.dtype = torch.float32) -> Batch:
     n = sum(len(row.ids) for row in rows)
     return Batch(rows, *random_stream(np.random.default_rng(seed), n, D, dtype, True))
@@ -220,11 +227,10 @@ def test_one_token_of_a_tile_changes_and_the_others_keep_every_bit(device: Devic
     program = steering(ReadKind.NONE, Op(1.0, 4.0, -math.inf, math.inf, False, 0, 0))
     program = msgspec.structs.replace(program, selectors=(slice_selector(4, 5),))
     more = msgspec.structs.replace(program.layers[0].channels[0].ops[0], alpha=1.0, beta=0.0, selector=1)
-    channel = msgspec.structs.replace(program.layers[0].channels[0], ops=(*program.layers[0].channels[0].ops, more))
-    layer = msgspec.structs.replace(program.layers[0], channels=(channel,))
-    batch = stream_batch((one_row(Program((layer,), (*program.selectors, ALL), program.vectors), 4),), 3)
+    program = with_ops(program, (*program.layers[0].channels[0].ops, more))
+    batch = stream_batch((one_row(Program(program.layers, (*program.selectors, ALL), program.vectors), 4),), 3)
     row_slot = device.settle(batch, np.random.default_rng(0))
-    slot = device.residents.requests["r0"].slots[channel.row]
+    (slot,) = device.residents.requests["r0"].slots.values()
     device.step.bank.write[slot, 1] = math.inf
     device.plan(batch, row_slot)
     for decode in (False, True):
@@ -258,6 +264,40 @@ def test_an_infinite_row_spoils_only_the_tokens_that_it_is_added_to(device: Devi
     others = torch.tensor([0, 2, 3])
     assert done[others].isfinite().all()
     assert (done[others] != batch.stream[others]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_an_infinite_change_is_written_or_refused_in_both_variants(refuse: bool, device: Device) -> None:
+    """It overflowed; d is no power of two, so lanes beside it hold nothing."""
+    huge = (Op(1.0, 3e38, -math.inf, math.inf, False, 0, 0), Op(10.0, 0.0, -math.inf, math.inf, False, 0, 1))
+    policy = {"max_dose": 0.5, "refuse_over_dose": True} if refuse else {}
+    program = with_ops(steering(ReadKind.NONE, huge[0], **policy), huge)
+    batch = stream_batch((one_row(program, 3),), 8)
+    want = expected(batch.rows[0], batch.stream)
+    assert want.dose.isinf().all()
+    device.plan(batch, device.settle(batch, np.random.default_rng(0)))
+    for decode in (False, True):
+        done = device.again(batch, decode)
+        assert torch.equal(done.stream, want.apply(batch.stream))
+        assert torch.equal(device.left("fired")[0, :3], want.fired)
+        assert torch.equal(device.left("dose")[0, :3], want.dose)
+        assert (device.left("flags")[0, :3] == 2 * refuse).all()
+
+
+def test_a_change_that_is_no_number_is_written(device: Device) -> None:
+    """Never is a token left as it was instead."""
+    here = Op(1.0, 4.0, -math.inf, math.inf, False, 0, 0)
+    batch = stream_batch((one_row(steering(ReadKind.NONE, here), 3),), 8)
+    row_slot = device.settle(batch, np.random.default_rng(0))
+    (slot,) = device.residents.requests["r0"].slots.values()
+    device.step.bank.write[slot, 1] = math.nan
+    device.plan(batch, row_slot)
+    for decode in (False, True):
+        done = device.again(batch, decode)
+        assert done.stream[:, 1].isnan().all()
+        assert (done.stream[:, 2] != batch.stream[:, 2]).all()
+        assert (device.left("fired")[0, :3] == 1).all()
+    device.host._content[slot] = None
 
 
 def test_after_a_clear_nothing_happens(device: Device) -> None:
