@@ -32,6 +32,7 @@ import math
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -108,7 +109,7 @@ class GateKind(IntEnum):
     """Where action number ``action`` of the program's rules is active."""
 
 
-class Gate(msgspec.Struct, frozen=True, array_like=True):
+class Gate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Lets the ops that name it act. The fields after ``kind`` are those of the kind's class in ``interventions.maps``."""
 
     kind: GateKind
@@ -144,7 +145,7 @@ class Gate(msgspec.Struct, frozen=True, array_like=True):
         return gates.ShareGate(self.threshold, over, self.least, self.latch, self.include_bos)
 
 
-class Op(msgspec.Struct, frozen=True, array_like=True):
+class Op(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Maps the current value of its channel, by ``kind``, on the tokens of ``selectors[selector]``."""
 
     alpha: float
@@ -174,7 +175,7 @@ class Op(msgspec.Struct, frozen=True, array_like=True):
     """Gates of the layer that must all be open."""
 
 
-class Channel(msgspec.Struct, frozen=True, array_like=True):
+class Channel(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One row and the ops on its scalar. ``row`` is a key: ``v:<sha256>`` of ``Program.vectors``, or a feature key."""
 
     read: ReadKind
@@ -182,7 +183,7 @@ class Channel(msgspec.Struct, frozen=True, array_like=True):
     ops: tuple[Op, ...]
 
 
-class LayerProgram(msgspec.Struct, frozen=True, array_like=True):
+class LayerProgram(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The channels after decoder layer ``layer`` (0-based), sorted by (read, row), and the gates of their ops."""
 
     layer: int
@@ -190,7 +191,7 @@ class LayerProgram(msgspec.Struct, frozen=True, array_like=True):
     gates: tuple[Gate, ...] = ()
 
 
-class Program(msgspec.Struct, frozen=True, array_like=True):
+class Program(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """The canonical, content-addressed form of all edits of one request."""
 
     layers: tuple[LayerProgram, ...]
@@ -222,7 +223,7 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
             return self
         return msgspec.structs.replace(self, selectors=tuple(s.resolved(prompt) for s in self.selectors))
 
-    @property
+    @cached_property
     def row_keys(self) -> tuple[str, ...]:
         """The distinct rows that the program reads, writes or looks up in, in canonical order."""
         keys: dict[str, None] = {}
@@ -243,46 +244,54 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
         return sum(len(c.ops) for layer in self.layers for c in layer.channels)
 
     def digest(self) -> str:
-        """sha256 over the meaning: row contents, ops as IEEE bits, selectors, dose policy; never names or labels."""
-        sha = hashlib.sha256(b"editserver-program")
+        """sha256 over the meaning: row contents, ops as IEEE bits, selectors, dose policy; never names or labels.
 
-        def put(*parts: object) -> None:
-            for part in parts:
-                encoded = str(part).encode()
-                sha.update(struct.pack("<I", len(encoded)) + encoded)
-
-        def put_floats(*values: float) -> None:
-            sha.update(struct.pack(f"<{len(values)}f", *(v + 0.0 for v in values)))  # + 0.0: -0.0 and 0.0 are one value
-
-        put(SEMANTICS_VERSION, self.refuse_over_dose)
-        put_floats(self.max_dose)
+        -0.0 and 0.0 are one value: whatever is a number has 0.0 added.
+        """
+        parts = [b"editserver-program", _text(SEMANTICS_VERSION), _text(self.refuse_over_dose), _float(self.max_dose)]
         selectors = [selector.to_bytes() for selector in self.selectors]
-        hashed = [hashlib.sha256(selector).hexdigest() for selector in selectors]
         for layer in self.layers:
-            put("layer", layer.layer)
+            parts += _text("layer"), _text(layer.layer)
             for one in layer.gates:  # their numbers are those of the hit bits that are kept with the KV cache
-                put("listens")
-                sha.update(msgspec.msgpack.encode(one))
+                parts += _text("listens"), msgspec.msgpack.encode(one)
             for channel in layer.channels:
-                put("channel", int(channel.read), channel.row)
+                parts += _CHANNEL[channel.read], _text(channel.row)
                 for op in channel.ops:
-                    put("op", op.only_if_active)
-                    put_floats(op.alpha, op.beta, op.lo, op.hi)
-                    sha.update(selectors[op.selector])
-                    if op.kind is not OpKind.AFFINE:  # affine ops came first: their digests stay what they were
-                        put("kind", int(op.kind), op.table)
-                        put_floats(op.strength)
-                    if op.kind is OpKind.REMAP:
-                        put(op.source, int(op.unit), op.mean)
-                        put_floats(op.gamma)
-                    if op.scope >= 0:
-                        put("scope", hashed[op.scope])
-                    for gate in op.gates:
-                        put("gate", gate)
+                    values = _FOUR(op.alpha + 0.0, op.beta + 0.0, op.lo + 0.0, op.hi + 0.0)
+                    parts += _OP[op.only_if_active], values, selectors[op.selector]
+                    if op.kind or op.scope >= 0 or op.gates:
+                        parts += _beyond_affine(op, selectors)
         if self.rules is not None:  # all of it: the bits that are kept with the KV cache are numbered by it
-            put("rules")
-            sha.update(msgspec.msgpack.encode(self.rules))
-        return sha.hexdigest()
+            parts += _text("rules"), msgspec.msgpack.encode(self.rules)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _text(value: object) -> bytes:
+    encoded = str(value).encode()
+    return len(encoded).to_bytes(4, "little") + encoded
+
+
+def _float(value: float) -> bytes:
+    return struct.pack("<f", value + 0.0)
+
+
+_FOUR = struct.Struct("<4f").pack
+_CHANNEL = {kind: _text("channel") + _text(int(kind)) for kind in ReadKind}
+_OP = {only_if_active: _text("op") + _text(only_if_active) for only_if_active in (False, True)}
+
+
+def _beyond_affine(op: Op, selectors: Sequence[bytes]) -> list[bytes]:
+    """What a digest takes in of what came after affine ops, whose digests stay what they were."""
+    parts = []
+    if op.kind is not OpKind.AFFINE:
+        parts += [_text("kind"), _text(int(op.kind)), _text(op.table), _float(op.strength)]
+    if op.kind is OpKind.REMAP:
+        parts += [_text(op.source), _text(int(op.unit)), _text(op.mean), _float(op.gamma)]
+    if op.scope >= 0:
+        parts += [_text("scope"), _text(hashlib.sha256(selectors[op.scope]).hexdigest())]
+    for gate in op.gates:
+        parts += [_text("gate"), _text(gate)]
+    return parts
 
 
 def feature_key(sae_digest: str, index: int) -> str:
@@ -301,6 +310,14 @@ def parse_feature_key(key: str) -> tuple[str, int]:
 def mean_key(sae_digest: str) -> str:
     """Row whose product with the SAE's input, plus its bias, is the mean pre-activation: ``m:<SAE digest>``."""
     return f"m:{sae_digest}"
+
+
+def parse_mean_key(key: str) -> str:
+    """Inverse of :func:`mean_key`."""
+    kind, _, digest = key.partition(":")
+    if kind != "m":
+        raise ValueError(f"{key!r} is not a mean pre-activation")
+    return digest
 
 
 def vector_key(values: bytes) -> str:
@@ -325,14 +342,19 @@ class Read(msgspec.Struct, frozen=True, array_like=True):
     """Report the re-encoded, edited h instead of the pre-edit activations."""
 
 
-class Payload(msgspec.Struct, frozen=True, array_like=True):
+class Payload(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """What travels with a request to the engine: the program (or None), the readings, and the digest for the salt."""
 
     program: Program | None
     reads: tuple[Read, ...]
     digest: str | None
 
-    @property
+    @cached_property
+    def selectors(self) -> tuple[Selector, ...]:
+        """The program's selectors, then one per reading."""
+        return (self.program.selectors if self.program else ()) + tuple(read.selector for read in self.reads)
+
+    @cached_property
     def row_keys(self) -> tuple[str, ...]:
         """The distinct rows that the request needs: its program's, then the listed features of its readings."""
         latents = (read for read in self.reads if read.sae != STREAM)

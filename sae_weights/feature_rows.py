@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from .source import Bits
 
 
 @dataclass(frozen=True)
@@ -42,3 +47,17 @@ class FeatureRows:
     def to(self, device: torch.device | str) -> FeatureRows:
         """The same rows on another device."""
         return FeatureRows(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """All features of an SAE where they lie: what ``SAE.rows`` reads of them are the same numbers.
+
+    Nobody has looked at them: rows that are not finite have to be refused, as ``SAE.rows`` does. ``unchanged`` has to be
+    called before each use, and raises SAEFormatError where the file is another one now.
+    """
+
+    encoder: Bits  # [n, d]
+    decoder: Bits  # [n, d]
+    gate: npt.NDArray[np.float32]  # [n, 4]: gate_bias, threshold, mag_scale, mag_bias
+    unchanged: Callable[[], None]

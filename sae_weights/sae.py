@@ -15,11 +15,11 @@ from .architectures import ARCHITECTURES, Execution, Whole
 from .checks import check_settings, check_tensors
 from .digest import content_digest
 from .errors import SAEFormatError
-from .feature_rows import FeatureRows
+from .feature_rows import FeatureRows, StoredFeatures
 from .folding import Block, Folding, fold_b_dec, fold_extras, fold_rows
 from .hook import Hook
 from .input_norm import InputNorm, NormalisedInput, normalise
-from .source import FirstRows, MemoryRows, Rows, RowSource
+from .source import FirstRows, MappedSource, MemoryRows, Rows, RowSource, StoredRows
 from .thresholded import ThresholdedRows
 
 if TYPE_CHECKING:
@@ -324,6 +324,19 @@ class SAE:
             block = self.read(index)
         form = self._form.row_form(block.gate)
         return FeatureRows(torch.tensor(index, dtype=torch.int64), block.W_enc, block.W_dec, *form)
+
+    def stored(self) -> StoredFeatures | None:
+        """All features where they lie, in memory or in the file; None where they have to be folded row by row."""
+        block = self._block
+        if block is not None:
+            encoder, decoder = (matrix.numpy().view(np.uint32) for matrix in (block.W_enc, block.W_dec))
+            found = StoredRows(encoder, decoder, block.gate, lambda: None)
+        elif self._folding.trivial and isinstance(self._source, MappedSource) and (rows := self._source.stored()):
+            found = rows
+        else:
+            return None
+        form = self._form.row_form({name: vector.float() for name, vector in found.gate.items()})
+        return StoredFeatures(found.encoder, found.decoder, torch.stack(form, dim=1).numpy(), found.unchanged)
 
     def __repr__(self) -> str:
         return f"SAE({self.architecture}, d_model={self.d_model}, n_features={self.n_features}, hook={self.hook})"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from .folding import Block
@@ -52,6 +55,32 @@ class RowSource(Protocol):
 
     def release(self) -> None:
         """Forget what was cached for partial reads: the whole dictionary has been read."""
+
+
+Bits = npt.NDArray[np.unsignedinteger[Any]]
+"""Floating-point numbers as the bits they are stored in: uint32 for float32, uint16 for bfloat16."""
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """All rows where they lie, for whoever gathers them itself.
+
+    Nobody has looked at the numbers: rows that are not finite have to be refused. ``unchanged`` has to be called before
+    each use, and raises SAEFormatError where the file that they lie in is another one now.
+    """
+
+    encoder: Bits  # [n, d_in]
+    decoder: Bits  # [n, d_out]
+    gate: Mapping[str, Tensor]  # [n]
+    unchanged: Callable[[], None]
+
+
+@runtime_checkable
+class MappedSource(Protocol):
+    """A ``RowSource`` whose rows may lie in memory one behind the other."""
+
+    def stored(self) -> StoredRows | None:
+        """Its matrices, in its own conventions; None where rows are not contiguous, or of another type."""
 
 
 class MemoryRows:

@@ -134,28 +134,32 @@ class LayerPart:
         values: list[float] = []
         masks: list[int] = []
         ends: list[int] = []
-        n_ops = 0
+        n_ops = width = 0
         norms: dict[str, int] = {}
         for channel in lp.channels:
-            read, row, column, norm, remaps = channel.read, channel.row, -1, PLAIN_INPUT, False
+            read, row, ops, column, norm, remaps = channel.read, channel.row, channel.ops, -1, PLAIN_INPUT, False
             if read >= LATENT:
-                digest, feature = parse_feature_key(row)
-                found = norms.get(digest)
-                norm = norms[digest] = dictionaries.input_norm(digest) if found is None else found
+                sae = row[: row.rfind(":")]
+                if sae not in norms:
+                    norms[sae] = dictionaries.input_norm(parse_feature_key(row)[0])
+                norm = norms[sae]
                 if read == JOINT:
-                    whole.joint(digest, feature, len(ends), channel)
+                    whole.joint(*parse_feature_key(row), len(ends), channel)
                 elif read == MEMBER:
-                    column = whole.member(digest, feature, channel)
-            for op in channel.ops:
-                remaps |= op.kind == REMAP
-                source = _source(op, channel, resident, whole) if op.source else -1
-                table = slots[op.table] if op.table else -1
-                mean = slots[op.mean] if op.mean else -1
+                    column = whole.member(*parse_feature_key(row), channel)
+            for op in ops:
+                table = source = mean = -1
+                if op.kind:
+                    remaps |= op.kind == REMAP
+                    table = slots[op.table] if op.table else -1
+                    source = _source(op, channel, resident, whole) if op.source else -1
+                    mean = slots[op.mean] if op.mean else -1
                 ints += op.kind, table, source, mean, op.unit, op.only_if_active, op.intervention
                 values += op.alpha, op.beta, op.lo, op.hi, op.strength, op.gamma
-                masks += _mask(op)
+                masks += (1 << op.selector, 0) if op.scope < 0 and not op.gates else _mask(op)
             rows += read, slots[row], norm, column, remaps
-            n_ops += len(channel.ops)
+            n_ops += len(ops)
+            width = max(width, len(ops))
             ends.append(n_ops)
         hearing = [i for i, gate in enumerate(lp.gates) if gate.kind is not GateKind.RULE]
         return cls(
@@ -164,7 +168,7 @@ class LayerPart:
             np.array(ints, np.int32).reshape(-1, len(OP_COLUMNS)),
             np.array(values, np.float32).reshape(-1, len(OP_VALUES)),
             np.array(masks, np.uint64).reshape(-1, len(OP_MASKS)),
-            max((len(channel.ops) for channel in lp.channels), default=0),
+            width,
             whole.uses(),
             [_listener(resident, lp, i, dictionaries) for i in hearing],
             whole.n_columns,
@@ -233,18 +237,6 @@ class LayerTable:
         self.op_ints, self.op_values, self.op_masks = (
             stack.rows for stack in (self._op_ints, self._op_values, self._op_masks)
         )
-        self.read, self.slot, self.norm, self.member = (
-            self.channels[:, i] for i in (READ, SLOT, INPUT_NORM, MEMBER_COLUMN)
-        )
-        ints, masks = self.op_ints, self.op_masks
-        self.ops: tuple[Array, ...] = (
-            ints[:, KIND],
-            self.op_values,
-            ints[:, TABLE : MEAN + 1],
-            *(ints[:, i] for i in (UNIT, ACTIVE)),
-            *(masks[:, i] for i in (NEED, GATES)),
-            ints[:, INTERVENTION],
-        )
         sizes = self._sizes.rows
         self.width, self.n_members, _ = (int(most) for most in sizes.max(axis=0, initial=0))
         here = [(i, part) for i in np.flatnonzero(sizes[:, 2]).tolist() if (part := self._parts[i]) is not None]
@@ -253,6 +245,39 @@ class LayerTable:
             i: [_moved(use, int(self.programs[i])) for use in part.uses] for i, part in here if part.uses
         }
         self.has_joint = any(use.joint for found in self.uses.values() for use in found)
+
+    @property
+    def read(self) -> Array:
+        """See the class."""
+        return self.channels[:, READ]
+
+    @property
+    def slot(self) -> Array:
+        """See the class."""
+        return self.channels[:, SLOT]
+
+    @property
+    def norm(self) -> Array:
+        """See the class."""
+        return self.channels[:, INPUT_NORM]
+
+    @property
+    def member(self) -> Array:
+        """See the class."""
+        return self.channels[:, MEMBER_COLUMN]
+
+    @property
+    def ops(self) -> tuple[Array, ...]:
+        """See the class."""
+        ints, masks = self.op_ints, self.op_masks
+        return (
+            ints[:, KIND],
+            self.op_values,
+            ints[:, TABLE : MEAN + 1],
+            *(ints[:, i] for i in (UNIT, ACTIVE)),
+            *(masks[:, i] for i in (NEED, GATES)),
+            ints[:, INTERVENTION],
+        )
 
     def __bool__(self) -> bool:
         """Whether any program touches the layer."""

@@ -50,11 +50,10 @@ class Resident:
     tracks: dict[tuple[int, int], Tracks] = field(default_factory=dict)
     rules: RuleRun | None = None
 
-    @cached_property
+    @property
     def selectors(self) -> tuple[Selector, ...]:
         """The program's selectors, then one per inspection."""
-        program = self.payload.program
-        return (program.selectors if program else ()) + tuple(r.selector for r in self.payload.reads)
+        return self.payload.selectors
 
     @cached_property
     def edited(self) -> tuple[int, ...]:
@@ -94,7 +93,7 @@ class _Parts:
         payload = resident.payload
         layers = payload.program.layers if payload.program else ()
         where = {(read.layer, read.after) for read in payload.reads}
-        reads = {(layer, after): ReadPart.of(resident, layer, after, dictionaries) for layer, after in where}
+        reads = {place: ReadPart.of(resident, *place, dictionaries) for place in where}
         return cls(
             resident,
             {lp.layer: LayerPart.of(resident, lp, dictionaries) for lp in layers},

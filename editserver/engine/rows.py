@@ -6,13 +6,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 import sae_weights
 from editserver.engine.config import EngineConfig
 from editserver.engine.kernel_cpu import INPUT_NORMS
+from editserver.engine.kernel_rows import gather_rows
 from interventions.oracle import mean_pre_activation
-from interventions.program import parse_feature_key
+from interventions.program import parse_feature_key, parse_mean_key
+from sae_weights.feature_rows import StoredFeatures
 
 FULL_ENCODE_BLOCK = 16
 """Rows of every dense product of the full-encode path."""
@@ -25,6 +28,7 @@ class Dictionaries:
         self._saes: dict[str, sae_weights.SAE] = {}
         self._full: set[str] = set()
         self._means: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stored: dict[str, StoredFeatures] = {}
         for source in config.saes:
             sae = source.open()
             self._saes[sae.digest] = sae
@@ -46,6 +50,13 @@ class Dictionaries:
             return self._saes[digest]
         except KeyError:
             raise KeyError(f"no SAE with digest {digest[:12]}… on this worker") from None
+
+    def stored(self, digest: str) -> StoredFeatures | None:
+        """All features of the SAE where they lie, or None: :meth:`sae_weights.SAE.stored`."""
+        found = self._stored.get(digest)
+        if found is None and (found := self[digest].stored()) is not None:
+            self._stored[digest] = found
+        return found
 
     def full_encode(self, digest: str, h: torch.Tensor) -> torch.Tensor:
         """All activations ``[n, n_features]`` (fp32) of the SAE for ``h [n, d]``; refuses SAEs it is not enabled for.
@@ -92,6 +103,7 @@ class RowBank:
         self.write = torch.from_numpy(np.zeros((rows, d_model), np.float32))
         self.gate = torch.zeros(rows, 4)
         self._arrays = self.read.numpy(), self.write.numpy(), self.gate.numpy()
+        self._bits = self._arrays[0].view(np.uint32), self._arrays[1].view(np.uint32)
         self._content: list[str | None] = [None] * rows
         self._dictionaries = dictionaries
 
@@ -106,29 +118,37 @@ class RowBank:
         for _, slot in missing:
             self._content[slot] = None  # nobody's until all is written: a row may turn out to be unreadable
         read, write, gate = self._arrays
-        features: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        features: dict[str, list[int]] = defaultdict(list)
         for key, slot in missing:
-            if key in vectors:
+            if key.startswith("f:"):
+                digest, index = parse_feature_key(key)
+                features[digest] += index, slot
+            elif key in vectors:
                 values = np.frombuffer(vectors[key], np.float32)
                 if len(values) != read.shape[1]:
                     raise ValueError(f"row {key[:14]}… has {len(values)} values, expected {read.shape[1]}")
                 read[slot] = write[slot] = values
                 gate[slot] = 0.0
-            elif key.startswith("m:"):
-                mean, bias = self._dictionaries.mean(key.removeprefix("m:"))
+            else:
+                mean, bias = self._dictionaries.mean(parse_mean_key(key))
                 read[slot], write[slot] = mean.numpy(), 0.0
                 gate[slot] = float(bias), 0.0, 0.0, 0.0
-            else:
-                digest, index = parse_feature_key(key)
-                indices, into = features[digest]
-                indices.append(index)
-                into.append(slot)
-        for digest, (indices, into) in features.items():
-            found, at = self._dictionaries[digest].rows(indices), np.array(into)
-            read[at] = found.encoder.numpy()
-            write[at] = found.decoder.numpy()
-            gates = found.gate_bias, found.threshold, found.mag_scale, found.mag_bias
-            gate[at] = torch.stack(gates, dim=1).numpy()
+        for digest, pairs in features.items():
+            self._take(digest, np.array(pairs).reshape(-1, 2))
         for key, slot in missing:
             self._content[slot] = key
         return len(missing)
+
+    def _take(self, digest: str, pairs: npt.NDArray[np.int64]) -> None:
+        """Copy features of one SAE; ``pairs`` are their indices and slots."""
+        stored = self._dictionaries.stored(digest)
+        if stored is not None:
+            stored.unchanged()
+            if gather_rows(pairs, stored.encoder, stored.decoder, stored.gate, *self._bits, self._arrays[2]):
+                return
+        # Rows that have to be folded; or that cannot be used, and rows() says why.
+        (read, write, gate), slots = self._arrays, pairs[:, 1]
+        found = self._dictionaries[digest].rows(pairs[:, 0].tolist())
+        read[slots], write[slots] = found.encoder.numpy(), found.decoder.numpy()
+        gates = found.gate_bias, found.threshold, found.mag_scale, found.mag_bias
+        gate[slots] = torch.stack(gates, dim=1).numpy()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,17 +27,22 @@ class SelectorPart:
     bos: Array
 
     @classmethod
-    def of(cls, selectors: Sequence[Selector], prompt_len: int) -> SelectorPart:
-        """Resolve and flatten."""
-        intervals = [s.intervals(prompt_len) for s in selectors]
-        return cls(
-            len(selectors),
-            np.cumsum([len(i) for i in intervals], dtype=np.int32),
-            np.array([pair for i in intervals for pair in i], np.int32).reshape(-1, 2),
-            np.cumsum([len(s.token_ids) for s in selectors], dtype=np.int32),
-            np.array([t for s in selectors for t in s.token_ids], np.int32),
-            np.array([s.include_bos for s in selectors], np.bool_),
-        )
+    def of(cls, selectors: tuple[Selector, ...], prompt_len: int) -> SelectorPart:
+        """Resolve and flatten, once for all that select alike: parts are only read."""
+        return _resolved(selectors, prompt_len if any(s.needs_prompt_len for s in selectors) else 0)
+
+
+@lru_cache(maxsize=32)
+def _resolved(selectors: tuple[Selector, ...], prompt_len: int) -> SelectorPart:
+    intervals = [s.intervals(prompt_len) for s in selectors]
+    return SelectorPart(
+        len(selectors),
+        np.cumsum([len(i) for i in intervals], dtype=np.int32),
+        np.array([pair for i in intervals for pair in i], np.int32).reshape(-1, 2),
+        np.cumsum([len(s.token_ids) for s in selectors], dtype=np.int32),
+        np.array([t for s in selectors for t in s.token_ids], np.int32),
+        np.array([s.include_bos for s in selectors], np.bool_),
+    )
 
 
 class SelectorTable:

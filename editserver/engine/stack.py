@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from editserver.engine.kernel_rows import keep_blocks, keep_rows, rows_of_owners
+
 Array = npt.NDArray[Any]
 
 
@@ -18,8 +20,9 @@ class Stack:
     """Rows of one type and shape."""
 
     def __init__(self, dtype: type[np.generic], *shape: int) -> None:
-        self._room: Array = np.zeros((16, *shape), dtype)
         self._n = 0
+        self._room: Array
+        self._make_room(np.zeros((16, *shape), dtype))
 
     def __len__(self) -> int:
         return self._n
@@ -35,18 +38,17 @@ class Stack:
         if n > len(self._room):
             room = np.zeros((2 * n, *self._room.shape[1:]), self._room.dtype)
             room[: self._n] = self.rows
-            self._room = room
+            self._make_room(room)
         self._room[self._n : n] = rows
         self._n = n
 
+    def _make_room(self, room: Array) -> None:
+        self._room, self._bytes = room, room.view(np.uint8).reshape(len(room), -1)
+
     def keep(self, which: Array) -> None:
         """Take the rows out of which ``which`` (bool ``[n]``) is not true."""
-        if which.all():
-            return
-        first = int(which.argmin())
-        stay = self._room[first : self._n][which[first:]]
-        self._n = first + len(stay)
-        self._room[first : self._n] = stay
+        if self._n:
+            self._n = keep_rows(which, self._bytes)
 
 
 class Pointers(Stack):
@@ -62,10 +64,9 @@ class Pointers(Stack):
 
     def rows_of(self, which: Array) -> Array:
         """Of every row of all owners, whether it is of one of ``which`` (bool ``[owners]``)."""
-        return np.repeat(which, np.diff(self.rows))
+        marked: Array = rows_of_owners(which, self.rows)
+        return marked
 
     def keep(self, which: Array) -> None:
         """Take out the owners of whom ``which`` (bool ``[owners]``) is not true, with their rows."""
-        lengths = np.diff(self.rows)[which]
-        self._n = 1
-        super().push(np.cumsum(lengths, dtype=np.int32))
+        self._n = keep_blocks(which, self.rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,9 +115,9 @@ class EngineWorker:
         """
         keys = payload.row_keys
         self.bank.upload(keys, slots, payload.program.vectors if payload.program else {})
-        resident = Resident(request_id, payload, prompt_len, dict(zip(keys, slots, strict=True)))
-        history, rules = History.of(resident.selectors, prompt), RuleRun.of(payload.program)
-        self.residents.add(replace(resident, history=history, rules=rules))
+        named, history = dict(zip(keys, slots, strict=True)), History.of(payload.selectors, prompt)
+        rules = RuleRun.of(payload.program)
+        self.residents.add(Resident(request_id, payload, prompt_len, named, history, rules=rules))
 
     def remove_request(self, request_id: str) -> None:
         """Forget a finished or aborted request."""

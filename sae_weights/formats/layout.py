@@ -10,8 +10,9 @@ from torch import Tensor
 from sae_weights.architectures import ARCHITECTURES
 from sae_weights.errors import SAEFormatError
 from sae_weights.folding import Block
-from sae_weights.source import Rows
+from sae_weights.source import Rows, StoredRows
 
+from .tensor_file import TensorFile
 from .tensors import Tensors, refuse_others
 
 _GATE_MATRICES = {name for form in ARCHITECTURES.values() for name in form.gate_matrices}
@@ -84,6 +85,20 @@ class TensorRows:
         decoder = self._rows(self._decoder, chosen)
         encoder = decoder if self._encoder is None else self._rows(self._encoder, chosen)
         return Block(encoder, decoder, {name: vector[chosen] for name, vector in self._gate.items()})
+
+    def stored(self) -> StoredRows | None:
+        file = self._file
+        if (
+            not isinstance(file, TensorFile)
+            or self._encoder is None
+            or self._encoder.transposed
+            or self._decoder.transposed
+        ):
+            return None
+        encoder, decoder = file.bits(self._encoder.name), file.bits(self._decoder.name)
+        if encoder is None or decoder is None:
+            return None
+        return StoredRows(encoder, decoder, self._gate, file.refuse_change)
 
     def release(self) -> None:
         self._transposed = {}

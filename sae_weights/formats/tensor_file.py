@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_weights.errors import SAEFormatError
+from sae_weights.source import Bits
 
 from .devices import refuse_devices
 from .loaded import stamp
@@ -77,9 +78,14 @@ class TensorFile:
             return self._part(name, (slice(None), columns)).T
         return self._picked(name, slice(None), columns).T
 
+    def bits(self, name: str) -> Bits | None:
+        """A matrix of float32 or bfloat16 where it lies in the memory map; :meth:`refuse_change` tells whether it still does."""
+        unsigned = {"F32": np.uint32, "BF16": np.uint16}.get(self.dtypes[name])
+        return None if unsigned is None else self._matrix(name, unsigned)
+
     def _picked(self, name: str, rows: Any, columns: Any) -> Tensor:
         """Some rows or columns of a matrix: the pages that hold them, without the read-ahead around them."""
-        self._refuse_change()
+        self.refuse_change()
         numbers, dtype = _STORED_AS[self.dtypes[name]]
         chosen: np.ndarray[Any, Any] = self._matrix(name, numbers)[rows, columns]
         return torch.from_numpy(np.array(chosen, order="C")).view(dtype)
@@ -97,12 +103,13 @@ class TensorFile:
         return np.frombuffer(self._map, numbers, shape[0] * shape[1], start).reshape(shape)
 
     def _part(self, name: str, where: Any) -> Tensor:
-        self._refuse_change()
+        self.refuse_change()
         # A copy: the memory map must not outlive a replaced file inside some tensor.
         part: Tensor = self._slices[name][where].clone()
         return part
 
-    def _refuse_change(self) -> None:
+    def refuse_change(self) -> None:
+        """Raise SAEFormatError if the file was replaced or changed since it was opened."""
         try:
             unchanged = stamp(self.path) == self._stamp
         except OSError:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from editserver.engine.bank import BankLedger
 from editserver.engine.config import EngineConfig
 from editserver.engine.rows import Dictionaries, RowBank
-from interventions.program import vector_key
+from interventions.program import feature_key, vector_key
+from sae_weights.architectures import ARCHITECTURES
+from sae_weights.errors import SAEFormatError
+from sae_weights.formats import load_sae, save_native
+from sae_weights.sae import SAE
+from tests.engine.dictionaries import N_FEATURES, WHOLE, random_sae, write_sae
 
 CAPACITY = 4
 KEYS = [f"row{i}" for i in range(7)]
@@ -130,3 +140,78 @@ def test_a_slot_is_never_taken_for_a_row_that_was_overwritten_on_the_way_to_an_e
         bank.upload([vector_key(second), vector_key(short)], [0, 1], vectors)
     assert bank.upload([vector_key(first)], [0], vectors) == 1
     assert bank.read[0].tolist() == bank.write[0].tolist() == [1.0] * 4
+
+
+D = 12
+FEATURES = [5, 0, N_FEATURES - 1, 17]
+
+
+class Opened(Dictionaries):
+    """One dictionary that a test has opened."""
+
+    def __init__(self, sae: SAE) -> None:
+        super().__init__(EngineConfig((1,)))
+        self._saes[sae.digest] = sae
+
+
+def uploaded(sae: SAE, features: list[int] = FEATURES) -> RowBank:
+    bank = RowBank(2 * len(features), sae.d_model, Opened(sae))
+    slots = [2 * i + 1 for i in range(len(features))][::-1]
+    assert bank.upload([feature_key(sae.digest, i) for i in features], slots, {}) == len(features)
+    found = sae.rows(features)
+    gate = torch.stack([found.gate_bias, found.threshold, found.mag_scale, found.mag_bias], dim=1)
+    for got, wanted in ((bank.read, found.encoder), (bank.write, found.decoder), (bank.gate, gate)):
+        assert torch.equal(got[slots], wanted)
+        assert not got[::2].any()
+    return bank
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated", "topk", *WHOLE])
+def test_rows_come_from_where_they_lie_as_they_are_read(architecture: str, tmp_path: Path) -> None:
+    made = random_sae(architecture, D, seed=3)
+    for dtype in (torch.float32, torch.bfloat16):
+        sae = load_sae(save_native(made, tmp_path / str(dtype), dtype=dtype))
+        assert (sae.stored() is None) == ARCHITECTURES[architecture].tied
+        uploaded(sae)
+    made.encode(torch.zeros(1, D))
+    assert made.stored() is not None or not made.materialised
+    uploaded(made)
+
+
+def test_rows_that_need_folding_or_transposing_are_read(tmp_path: Path) -> None:
+    sae = load_sae(write_sae(tmp_path, 1, "standard", D))
+    assert sae.stored() is None
+    uploaded(sae)
+    sae.encode(torch.zeros(1, D))
+    assert sae.stored() is not None
+    uploaded(sae)
+
+
+@pytest.mark.parametrize("matrix", ["W_enc", "W_dec"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_not_finite_are_refused_by_name(matrix: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_native(random_sae("jumprelu", D), tmp_path, dtype=dtype)
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors[matrix][17, 3] = torch.inf
+    save_file(tensors, path, metadata)
+    sae = load_sae(folder)
+    uploaded(sae, [5, 18])
+    with pytest.raises(SAEFormatError, match=f"tensor {matrix} is not finite at feature 17"):
+        uploaded(sae)
+
+
+def test_features_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    sae = load_sae(save_native(random_sae("jumprelu", D), tmp_path))
+    with pytest.raises(IndexError, match=f"feature {N_FEATURES}"):
+        uploaded(sae, [3, N_FEATURES])
+
+
+def test_rows_of_a_file_that_was_replaced_are_refused(tmp_path: Path) -> None:
+    sae = load_sae(save_native(random_sae("jumprelu", D), tmp_path))
+    bank = uploaded(sae)
+    save_native(random_sae("jumprelu", D, seed=1), tmp_path)
+    with pytest.raises(SAEFormatError, match="changed on disk since it was opened"):
+        bank.upload([feature_key(sae.digest, 6)], [0], {})

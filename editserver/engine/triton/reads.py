@@ -27,13 +27,23 @@ class ChannelTable(Protocol):
     values, bank slots (table, source, mean), unit, whether it leaves zeros alone, selector bits, gate bits, intervention."""
 
     programs: Array
-    read: Array
-    slot: Array
-    norm: Array
-    member: Array
     channel_ops: Array
-    ops: tuple[Array, ...]
     n_members: int
+
+    @property
+    def read(self) -> Array: ...
+
+    @property
+    def slot(self) -> Array: ...
+
+    @property
+    def norm(self) -> Array: ...
+
+    @property
+    def member(self) -> Array: ...
+
+    @property
+    def ops(self) -> tuple[Array, ...]: ...
 
 
 @dataclass(frozen=True)
