@@ -61,7 +61,8 @@ def gates_kernel(
 
     Args:
         row_first, row_last, row_resident, row_position: the plan's rows: tokens, request (-1: none), position of the first.
-        block_table: int32 ``[rows, blocks_of_a_row]``; position p lies in ``block_table[row, p // BLOCK_SIZE]``.
+        block_table: int32 ``[rows, blocks]``, rows ``blocks_of_a_row`` apart; position p lies in
+            ``block_table[row, p // BLOCK_SIZE]``.
         memory: int64 ``[slots]``, the layer's hit bits, those of this step's tokens stored already.
         gate_ptr, gate_ints, gate_limits: CSR by resident; columns in ``codes``; float64, what the statistic must exceed
             (CUSUM: in steps).

@@ -178,7 +178,7 @@ class DeviceRules:
             step.state,
             *step.rows,
             cache.block_table,
-            cache.block_table.shape[1],
+            cache.block_table.stride(0),
             step.tables["prompt_lengths"],
             self._arena["seats"],
             self._marks[self._number[layer]],

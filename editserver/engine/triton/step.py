@@ -59,7 +59,7 @@ class Cache:
     """Where the KV of a batch lies: the runner's own buffers, at addresses that do not change, and its shape.
 
     Attributes:
-        block_table: int32 ``[rows, blocks]``.
+        block_table: int32 ``[rows, blocks]``; rows may be any number of entries apart.
         slot_mapping: int64 ``[tokens]``, KV slot of each token of the batch, negative for padding.
         block_size: tokens per block.
         n_slots: tokens of the whole cache.
@@ -419,7 +419,7 @@ class DeviceStep:
             self.state,
             *self.rows,
             cache.block_table,
-            cache.block_table.shape[1],
+            cache.block_table.stride(0),
             self._memory[number],
             tables.of(layer, "gate_ptr"),
             tables.of(layer, "gates"),

@@ -101,7 +101,8 @@ class DeviceServer(Server):
         self.device = DeviceStep(CAPACITY, LAYERS, D, ON, stages, lanes=5, rules=rules, encode=encode)
         self.bank = RowBank(CAPACITY.bank_rows, D, self.dictionaries)
         self.residents = ResidentSet(self.dictionaries, LAYERS)
-        self.table = torch.zeros(CAPACITY.rows, LONGEST // BLOCK + 2, dtype=torch.int32, device=ON)
+        width = LONGEST // BLOCK + 2  # a part of something wider: the next row does not begin where one ends
+        self.table = torch.zeros(CAPACITY.rows, width + 3, dtype=torch.int32, device=ON)[:, :width]
         self.kv = torch.full((CAPACITY.tokens,), -1, dtype=torch.int64, device=ON)
         self.device.attach(Cache(self.table, self.kv, BLOCK, BLOCK * N_BLOCKS))
         self.opened: dict[int, torch.Tensor] = {}

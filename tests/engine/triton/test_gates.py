@@ -90,7 +90,8 @@ class Paged(Device):
         monkeypatch.setattr(step_module, "GATE_BLOCK", 8)
         super().__init__(D)
         self.free = random.permutation(N_BLOCKS).tolist()
-        self.table = torch.zeros(ROWS, LONGEST // BLOCK, dtype=torch.int32, device=ON)
+        # A part of something wider: the next row does not begin where one ends.
+        self.table = torch.zeros(ROWS, LONGEST // BLOCK + 3, dtype=torch.int32, device=ON)[:, : LONGEST // BLOCK]
         self.slots = torch.full((TOKENS,), -1, dtype=torch.int64, device=ON)
         self.step.attach(Cache(self.table, self.slots, BLOCK, BLOCK * N_BLOCKS))
         self.remembers = True
