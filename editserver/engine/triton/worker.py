@@ -72,12 +72,14 @@ class DeviceWorker:
     def add_request(
         self, request_id: str, payload: Payload, slots: list[int], prompt_len: int, prompt: Sequence[int] = ()
     ) -> None:
-        """Make a request resident and its rows present. ``slots[i]`` belongs to ``payload.row_keys[i]``.
+        """Make a request resident and its rows present, in place of an earlier one of its name. ``slots[i]`` belongs to
+        ``payload.row_keys[i]``.
 
         ``prompt`` are all its known tokens; programs that look for mentions need them.
         """
         keys = payload.row_keys
         self._upload(keys, slots, payload)
+        self.step.tables.unseat(request_id)
         named, rules = dict(zip(keys, slots, strict=True)), RuleRun.of(payload.program)
         self.residents.add(Resident(request_id, payload, prompt_len, named, rules=rules))
         self._known[request_id] = prompt
