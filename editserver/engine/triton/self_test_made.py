@@ -150,6 +150,20 @@ class Made:
         self.facts[digest] = Facts(norm, weights.form == int(codes.SINGLE_ROWS), len(weights.gate))
         self.weights[digest] = weights
 
+    def awake(self, digest: str, n: int) -> Halves:
+        """A stream at ``n`` tokens that lies along the encoder's row of some latent of a dictionary, another one at each, and so
+        far out that this one is active."""
+        own = self.weights[digest]
+        first, second = (half.float() for half in self.halves(n))
+        chosen = torch.from_numpy(self.random.integers(0, len(own.gate), n))
+        rows, gate = (part[chosen.to(part.device)].cpu() for part in (own.encoder, own.gate))
+        gate_bias, threshold, mag_scale, mag_bias = gate.unbind(dim=1)
+        due = torch.maximum(threshold - gate_bias, -mag_bias / mag_scale).clamp(min=0.0)
+        size = rows.norm(dim=1).clamp(min=1e-6)
+        reach = 2 * due / size + 4 * math.sqrt(2 * self.d)  # beside the noise, which is of the norm √2d
+        second = second + (reach / size)[:, None] * rows
+        return first.to(self.dtype), second.to(self.dtype)
+
     def marginal(self, digest: str, h: torch.Tensor, latents: int) -> list[str]:
         """Keys of so many latents of a dictionary whose members are few: at the first token of ``h [n, d]`` the weakest member and
         the strongest that is none, then those that are active most often. What they write is made up."""

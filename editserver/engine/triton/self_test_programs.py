@@ -197,8 +197,8 @@ def rules(made: Made, layer: int, n: int) -> Request:
 def whole(made: Made, layer: int, digest: str, weights: Weights, top: int, n: int) -> Request:
     """Latents of one of the server's dictionaries whose activations need all of it: edited, listened to and inspected; of a
     dictionary of single rows its largest ones are inspected. ``top``: most of one token that are kept."""
-    halves, ids = made.halves(n), made.tokens(n)
     made.whole(digest, weights)
+    halves, ids = made.awake(digest, n), made.tokens(n)
     most = min(5, top, made[digest].n_features)
     before, after = (Read(digest, layer, (), most, ALL, edited) for edited in (False, True))
     if made[digest].row_separable:

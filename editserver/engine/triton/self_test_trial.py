@@ -28,7 +28,8 @@ class SelfTestError(RuntimeError):
 
 
 class Trial:
-    """Made-up requests at one layer; ``stream [n, d]`` is what they find there, all of them one behind the other.
+    """Made-up requests at one layer; ``stream [n, d]`` is what they find there, all of them one behind the other. Rows, request
+    slots and residents are numbered differently.
 
     With ``block_size`` a KV cache of such blocks is attached, so that gates and rules may look back; the blocks of a request do
     not follow one another.
@@ -47,6 +48,7 @@ class Trial:
         self._halves = [torch.cat(parts) for parts in zip(*(r.halves for r in requests), strict=True)]
         self.stream = stream_of(self._halves)
         self._block_size = block_size
+        self._row_slot = step.capacity.residents - 1 - np.arange(len(self.requests))
         each = -(-max(r.n for r in requests) // block_size) if block_size else 0
         blocks = torch.arange(len(requests) * each).flip(0).reshape(len(requests), each)
         self._blocks = blocks.int().to(self.device)
@@ -76,14 +78,14 @@ class Trial:
         gate = torch.tensor([(r.gate_bias, r.threshold, r.mag_scale, r.mag_bias) for r in rows])
         read, write = (torch.stack([getattr(r, name) for r in rows]) for name in ("read", "write"))
         step.bank.put(torch.arange(len(keys)), read, write, gate)
-        for i, request in enumerate(self.requests):
+        for i, request in reversed([*enumerate(self.requests)]):
             slots = {key: keys.index(key) for key in request.payload.row_keys}
             run = RuleRun.of(request.payload.program)
             self.residents.add(Resident(f"{i}", request.payload, request.prompt_len, slots, rules=run))
         self._fill(self.residents)
-        seats = np.full(step.capacity.residents, -1, np.int32)
-        seats[: len(self.requests)] = np.arange(len(self.requests))
-        step.tables.map_slots(seats)
+        mapped = np.full(step.capacity.residents, -1, np.int32)
+        mapped[self._row_slot] = [self.residents.index[f"{i}"] for i in range(len(self.requests))]
+        step.tables.map_slots(mapped)
 
     def _fill(self, residents: ResidentSet) -> None:
         residents.refresh()
@@ -126,7 +128,8 @@ class Trial:
             for layer in self.step.layers:  # one of them was run: the others count as run
                 if layer != self.layer:
                     self.step.ran[self.step.number(layer)].fill_(self.step.planned)
-            records.append(take(self.step, list(self.residents.requests.values()), len(at)).records())
+            requests = [self.residents.requests[f"{i}"] for i in range(len(self.requests))]
+            records.append(take(self.step, requests, len(at)).records())
             done = stop
         return after, {name: joined([one[name] for one in records]) for name in records[0]}
 
@@ -176,7 +179,7 @@ class Trial:
             self._slots[: len(positions)] = torch.cat(kept)
         edges = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(self.device)
         ids = torch.cat([r.ids[here] for r, here in chunks]).int().to(self.device)
-        row_slot = torch.arange(rows, device=self.device)
+        row_slot = torch.from_numpy(self._row_slot).to(self.device)
         self.step.plan(edges, row_slot, positions.to(self.device), ids, rows, len(positions), max(lengths))
 
     def _kv(self, request: int, positions: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from editserver.engine.triton.rules import DeviceRules
 from editserver.engine.triton.self_test import SelfTestError, prove
 from editserver.engine.triton.self_test_checks import meant
 from editserver.engine.triton.self_test_made import Facts, Made, stream_of
-from editserver.engine.triton.self_test_programs import EDITS, GATES, MENTIONS, RULES, WHOLE
+from editserver.engine.triton.self_test_programs import EDITS, GATES, MENTIONS, RULES, WHOLE, whole
 from editserver.engine.triton.step import DeviceStep
 from tests.engine.triton import test_device_encode as encoded
 from tests.engine.triton.batches import LAYER, ON
@@ -139,6 +139,20 @@ def test_what_it_means_by_a_dictionary_is_what_the_dictionary_computes(name: str
     torch.testing.assert_close(own.activations("x", h), sae.encode(h), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", encoded.ENCODED)
+def test_some_latent_of_a_dictionary_is_active_at_every_token(name: str) -> None:
+    """However high its thresholds are."""
+    sae = encoded.dictionaries()[1][name]
+    weights = Weights.of(sae, INPUT_NORMS[sae.input_norm], ON)
+    high = 0.8 * weights.encoder.norm(dim=1) if name == "gated_unit_norm" else 100.0
+    weights.gate[:, 1] += high
+    own = Made(encoded.D, torch.float32, np.random.default_rng(0))
+    request = whole(own, LAYER, "x", weights, 8, 6)
+    active = own.activations("x", stream_of(request.halves).float()) != 0
+    assert active.any(dim=1).all()
+    assert not active.all()
+
+
 # -- it fails where something is wrong ------------------------------------------------------------------------------
 
 Edit = Callable[..., None]
@@ -181,9 +195,9 @@ def _gain_tables_off_by_one(edit: Edit, self: DeviceStep, *args: Any) -> None:
     edit(self, *args)
 
 
-def stopped(step: DeviceStep, what: str, stage: str) -> None:
+def stopped(step: DeviceStep, what: str, stage: str, dtype: torch.dtype = torch.float32) -> None:
     with pytest.raises(SelfTestError) as failed:
-        prove(step, torch.float32, brief=True)
+        prove(step, dtype, brief=True)
     said = str(failed.value)
     print(what, "→", said)
     assert said.startswith(f"the kernels fail their self-test on {ON}, so nothing is edited here: {stage}: ")
@@ -198,6 +212,43 @@ def test_a_kernel_that_is_wrong_stops_the_start(monkeypatch: pytest.MonkeyPatch,
     edit = DeviceStep.edit
     monkeypatch.setattr(DeviceStep, "edit", lambda self, *args: mutant(edit, self, *args))
     stopped(made(), mutant.__doc__, EDITS)
+
+
+def test_in_a_wide_model_in_bfloat16_a_change_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its elements is about as small as what rounding does to the stream."""
+    edit, step = DeviceStep.edit, made(d=1024)
+
+    def stronger(self: DeviceStep, layer: int, hidden: Any, residual: Any, decode: bool) -> None:
+        """Deltas that are three hundredths too large."""
+        before = stream_of((hidden, residual)).float()
+        edit(self, layer, hidden, residual, decode)
+        change = torch.where(hidden == 0, residual.float() - before, 0.0)
+        residual += (0.03 * change).to(residual.dtype)
+
+    monkeypatch.setattr(DeviceStep, "edit", stronger)
+    stopped(step, stronger.__doc__ or "", EDITS, torch.bfloat16)
+
+
+def test_rows_that_are_taken_for_request_slots_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = DeviceStep.plan
+
+    def by_row(self: DeviceStep, query_start: Any, row_slot: Any, *args: Any) -> None:
+        plan(self, query_start, torch.arange(len(row_slot), device=ON), *args)
+
+    monkeypatch.setattr(DeviceStep, "plan", by_row)
+    with pytest.raises(SelfTestError, match=EDITS):
+        prove(made(), torch.float32, brief=True)
+
+
+def test_inspections_of_which_nothing_is_sure_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = self_test_checks.steady
+
+    def of_edits_alone(of: Any, h: torch.Tensor) -> torch.Tensor:
+        return steady(of, h) & ("decisions" in of.__code__.co_names)
+
+    monkeypatch.setattr(self_test_checks, "steady", of_edits_alone)
+    with pytest.raises(SelfTestError, match="inspection 0 saw nothing that could be compared"):
+        prove(made(), torch.float32, brief=True)
 
 
 def test_readings_of_other_tokens_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
