@@ -23,7 +23,7 @@ from editserver.api.concept_plan import Plan, Readings, patient_pass, trying
 from editserver.api.evidence import Seen, read_all
 from editserver.api.jobs import Job
 from editserver.api.state import EditState
-from editserver.catalogue import ServedCatalogue, ServedSAE
+from editserver.catalogue import ServedSAE
 from interventions.concepts.concept import Concept, Method
 from interventions.concepts.fitting import Fit
 from interventions.concepts.gain import apply
@@ -37,9 +37,9 @@ MAX_COLUMNS = 16_384
 DENSE_SHOWN = 20
 
 
-def readout(catalogue: ServedCatalogue, sae: ServedSAE) -> tuple[ServedSAE, bool]:
+def readout(state: EditState, sae: ServedSAE) -> tuple[ServedSAE, bool]:
     """The dictionary that the probe reads, and whether it is ``sae`` itself, read after the edit."""
-    later = [other for other in catalogue.saes.values() if other.layer > sae.layer and other.full_encode]
+    later = [other for other in state.catalogue.saes.values() if other.layer > sae.layer and state.encodes(other)]
     if not later:
         return sae, True
     # Of several at one layer the one with the most latents sees most.

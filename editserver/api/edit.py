@@ -144,6 +144,8 @@ class Edit:
         if not self.travels:
             return
         check_selectable(compiled, prompt, params.max_tokens)
+        if compiled is not self.compiled:
+            self.state.check(compiled)  # as many ranges as the prompt has mentions
         params.extra_args = {**(params.extra_args or {}), KEY: compiled.payload().to_bytes()}
         if self.compiled.inspects_prompt:
             params.skip_reading_prefix_cache = True

@@ -6,6 +6,7 @@ On a server that was not started by ``editserver serve`` it adds nothing but the
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -34,6 +35,7 @@ from editserver.engine.abilities import Abilities
 from editserver.engine.config import EngineConfig
 from editserver.settings import MAX_BODY_BYTES, Settings
 from interventions.errors import InterventionError
+from interventions.limits import Limits
 from interventions.rules.reading import parse_ruleset
 
 HANDSHAKE = "editserver_handshake"
@@ -97,7 +99,11 @@ class EditserverEndpoint:
             return
         answers = await engine_client.collective_rpc(HANDSHAKE)
         check_handshake(config, answers)
+        told = answers[0]["device"]
+        device = None if told is None else Abilities.from_dict(told)
         settings = Settings.of(args)
+        if device is not None:
+            settings = replace(settings, limits=bounded(settings.limits, device))
         d_model, n_layers, vocab_size, model = model_shape(engine_client.vllm_config)
         tokenizer = engine_client.renderer.get_tokenizer()
         catalogue = build_catalogue(
@@ -109,12 +115,18 @@ class EditserverEndpoint:
             tokenizer=tokenizer,
             model=model,
         )
-        capacity = Capacity(config.bank_rows)
-        state.editserver = EditState(config, settings, catalogue, capacity, VLLM_VERSION, model, state)
         drafts = engine_client.vllm_config.speculative_config is not None
-        state.editserver.forgetful = drafts and not all(answer["remembers"] for answer in answers)
-        if answers[0]["device"] is not None:
-            state.editserver.device = Abilities.from_dict(answers[0]["device"])
+        state.editserver = EditState(
+            config,
+            settings,
+            catalogue,
+            Capacity(config.bank_rows),
+            VLLM_VERSION,
+            model,
+            state,
+            forgetful=drafts and not all(answer["remembers"] for answer in answers),
+            device=device,
+        )
         for source in config.saes:
             state.editserver.knowledge(source.id)  # opened now: a file that cannot be used is logged at the start
         parse_ruleset("")  # the grammar is made ready now, not in somebody's first request
@@ -141,6 +153,15 @@ def check_handshake(config: EngineConfig, answers: list[Any]) -> None:
             problems.append("its SAEs have other contents than this process reads")
         if problems:
             raise HandshakeError(f"worker {rank} cannot edit: {'; '.join(problems)}")
+
+
+def bounded(limits: Limits, device: Abilities) -> Limits:
+    """The limits with no more inspected at a time than a device's engine has room for."""
+    return replace(
+        limits,
+        inspected_features=min(limits.inspected_features, device.capacity.listed),
+        top_k=limits.top_k if device.encode is None else min(limits.top_k, device.encode.top),
+    )
 
 
 def _exchange(state: Any, name: str, stock: type, edited: type) -> None:

@@ -19,7 +19,8 @@ from editserver.api.concept_fit import fit
 from editserver.api.concept_labels import MAX_WORDS, Labelling, Marked, MarkedText, TokenLabels, as_marked
 from editserver.api.concept_plan import UNLABELLED, Examples, Plan
 from editserver.api.concept_report import readout
-from editserver.api.errors import as_code
+from editserver.api.errors import moved
+from editserver.api.evidence import read_all
 from editserver.api.passes import (
     MAX_FIT_CLASSES,
     MAX_FIT_TEXTS,
@@ -42,6 +43,7 @@ from interventions.concepts.salient import MAX_RATE, TOP
 from interventions.concepts.tree import MAX_DEPTH
 from interventions.errors import InterventionError
 from interventions.rules.proposition import MAX_FEATURES
+from interventions.spec import parse_inspect
 from interventions.suppression import max_bins
 from interventions.wording import choices, nearest, show
 
@@ -176,7 +178,7 @@ async def _plan(state: EditState, body: FitConceptBody) -> Plan:
     if body.target == background:
         raise _bad("background", f"{show(background)} is the target itself")
     labelling = _labelling(body, classes, texts)
-    _check_limits(state, body, classes, texts)
+    _check_limits(state, body, sae, classes, texts)
     _check_priors(body.priors, [*classes, UNLABELLED] if labelling.by_token else classes)
     prompts, labels = list[Prompt](), list[int]()
     marked: list[Marked | None] = []
@@ -200,7 +202,7 @@ async def _plan(state: EditState, body: FitConceptBody) -> Plan:
         weights, depth = body.detector_weights, body.tree_depth
         recipe = Recipe(body.detector, level, body.detector_top, weights, depth, body.max_rate)
         _check_stream(state, sae)
-    reads = readout(state.catalogue, sae)
+    reads = readout(state, sae)
     return Plan(body.name, sae, reads, examples, choice, tuple(body.strengths), labelling, recipe, provenance)
 
 
@@ -209,9 +211,7 @@ def _check_stream(state: EditState, sae: ServedSAE) -> None:
     try:
         with_stream(state, Compiled(None, ()), sae.layer)
     except InterventionError as error:
-        raise InterventionError(
-            as_code(error.code), f"detector: {error.message}; null fits a concept without one", "detector"
-        ) from None
+        raise moved(error, f"detector: {error.message}; null fits a concept without one", "detector") from None
 
 
 def _token_labels(
@@ -257,6 +257,10 @@ def _dictionary(state: EditState, name: str) -> ServedSAE:
             f"the latents of {sae.id} ({sae.sae.architecture}) may be negative; densities are of positive activations"
         )
         raise _bad("sae", message)
+    try:
+        state.compile([], parse_inspect(read_all(state, sae)))
+    except InterventionError as error:
+        raise moved(error, f"sae: {error.message}", "sae") from None
     return sae
 
 
@@ -288,18 +292,17 @@ def _classes(body: FitConceptBody) -> tuple[list[str], list[list[Marked]], str |
 
 
 def _check_limits(
-    state: EditState, body: FitConceptBody, classes: Sequence[str], texts: Sequence[Sequence[Marked]]
+    state: EditState, body: FitConceptBody, sae: ServedSAE, classes: Sequence[str], texts: Sequence[Sequence[Marked]]
 ) -> None:
-    limits = state.catalogue.limits
     if len(classes) < 2 and body.labels == "sentence":
         raise _bad("concepts", "one class has nothing to differ from; give another one, or texts as background")
-    rows = min(limits.rows, state.config.bank_rows) // 2
+    rows = min(state.catalogue.limits.rows, state.config.bank_rows) // 2
     bins = max_bins(state.catalogue.d_model)
     n_texts = sum(map(len, texts))
     checks = (
         ("concepts", len(classes), MAX_FIT_CLASSES, "classes"),
         ("concepts", n_texts, MAX_FIT_TEXTS, "texts in all"),
-        ("top", body.top, min(rows, limits.instructions), "latents (under app each takes two rows of limits.rows)"),
+        ("top", body.top, min(rows, state.most_latents(sae)), "latents (under app each takes two rows of limits.rows)"),
         ("bins", body.bins, bins, "bins (d_model − 3)"),
     )
     for field, given, allowed, what in checks:

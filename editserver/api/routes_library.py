@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from editserver.api.body import read_json
 from editserver.api.errors import not_found
 from editserver.api.rulesets import SCHEMA, parse_stored, shown_normal
-from editserver.api.state import editing
+from editserver.api.state import EditState, editing
 from editserver.catalogue import ServedCatalogue
 from editserver.library import Library, StoredRuleset, Vector, concept_body, parse_concept, parse_vector
 from editserver.library.concepts import DETECTOR_SCHEMA
@@ -134,34 +134,34 @@ _RULESET: dict[str, Any] = SCHEMA | {
 }
 
 
-def _parse_vector(raw: Any, catalogue: ServedCatalogue) -> Vector:
-    return parse_vector(raw, catalogue.d_model, catalogue.n_layers)
+def _parse_vector(raw: Any, state: EditState) -> Vector:
+    return parse_vector(raw, state.catalogue.d_model, state.catalogue.n_layers)
 
 
-def _parse_concept(raw: Any, catalogue: ServedCatalogue) -> Concept:
+def _parse_concept(raw: Any, state: EditState) -> Concept:
     concept = parse_concept(raw)
-    catalogue.dictionary_of(concept)
+    state.catalogue.dictionary_of(concept)
     try:
-        check_bins(concept.n_bins, catalogue.d_model)
+        check_bins(concept.n_bins, state.catalogue.d_model)
     except InterventionError as error:
         raise InterventionError("invalid_artifact", f"posterior: {error}", "posterior") from None
     return concept
 
 
-def _detector(name: str, concept: Concept, catalogue: ServedCatalogue) -> dict[str, Any]:
+def _detector(name: str, concept: Concept, state: EditState) -> dict[str, Any]:
     """How rules name what the concept's detector says, where its dictionary is served."""
     if concept.detector is None:
         return {}
     shown = concept.detector.as_dict()
     with suppress(InterventionError):
-        sae = catalogue.dictionary_of(concept).id
+        sae = state.catalogue.dictionary_of(concept).id
         shown |= {"sae": sae, "expressions": concept.detector.expressions(sae, name)}
     return {"detector": shown}
 
 
-def _parse_map(raw: Any, catalogue: ServedCatalogue) -> LatentMap:
+def _parse_map(raw: Any, state: EditState) -> LatentMap:
     found = from_body(raw)
-    catalogue.dictionary_of_map(found)
+    state.catalogue.dictionary_of_map(found)
     return found
 
 
@@ -180,10 +180,10 @@ class Kind:
 
     name: str
     library: Callable[[ServedCatalogue], Library[Any]]
-    parse: Callable[[Any, ServedCatalogue], Any]
+    parse: Callable[[Any, EditState], Any]
     body: Callable[[Any], dict[str, Any]]
     schema: dict[str, Any]
-    beside: Callable[[str, Any, ServedCatalogue], dict[str, Any]] = lambda name, artefact, catalogue: {}
+    beside: Callable[[str, Any, EditState], dict[str, Any]] = lambda name, artefact, state: {}
 
 
 KINDS = (
@@ -204,18 +204,18 @@ def _add(kind: Kind) -> None:
 
     async def put(request: Request, name: str) -> dict[str, Any]:
         """Store a new version; requests in flight keep the content that they were sent with."""
-        catalogue = editing(request).catalogue
+        state = editing(request)
         raw = await read_json(request, "invalid_artifact")
-        return kind.library(catalogue).put(name, kind.parse(raw, catalogue)).as_dict()
+        return kind.library(state.catalogue).put(name, kind.parse(raw, state)).as_dict()
 
     async def get(request: Request, name: str) -> dict[str, Any]:
         """One artefact with its body."""
-        catalogue = editing(request).catalogue
-        library = kind.library(catalogue)
+        state = editing(request)
+        library = kind.library(state.catalogue)
         try:
             artefact = library.get(name)
             shown = library.find(name).as_dict() | {"body": kind.body(artefact)}
-            return shown | kind.beside(name, artefact, catalogue)
+            return shown | kind.beside(name, artefact, state)
         except InterventionError as error:
             raise _in_path(error, library) from None
 

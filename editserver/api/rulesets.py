@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from editserver.api.errors import envelope, moved
 from editserver.api.state import EditState
-from editserver.catalogue import ServedCatalogue
 from editserver.library import StoredRuleset, parse_ruleset_body, split_source
-from interventions.compile import Compiled, compile_request
 from interventions.errors import InterventionError
 from interventions.rules.reading import parse_ruleset
 from interventions.rules.ruleset import Ruleset
-from interventions.spec import Inspect, Intervention, parse_interventions
+from interventions.spec import parse_interventions
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -37,24 +34,18 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-Compile = Callable[[Sequence[Intervention], Sequence[Inspect]], Compiled]
-
-
-def check_ruleset(source: str | Mapping[str, Any], catalogue: ServedCatalogue, run: Compile | None = None) -> Ruleset:
-    """The normal form of a rule set that fits this server's catalogue, alone in a request.
-
-    ``run`` compiles it as for a request (``EditState.compile``): what the engine behind it would refuse is refused here.
+def check_ruleset(source: str | Mapping[str, Any], state: EditState) -> Ruleset:
+    """The normal form of a rule set that this server can run, alone in a request.
 
     Raises:
         RuleError: what is wrong, with line and column of the text or the path in the JSON form.
-        InterventionError: more than the limits allow, or evidence that this server cannot read.
+        InterventionError: more than the limits allow, evidence that this server cannot read, or what its engine does not do.
     """
     form = {"text": source} if isinstance(source, str) else dict(source)
-    ruleset = parse_ruleset(source, catalogue.rule_context(), "text" if isinstance(source, str) else "")
+    ruleset = parse_ruleset(source, state.catalogue.rule_context(), "text" if isinstance(source, str) else "")
     if ruleset.rules:
         try:
-            compiling = run or partial(compile_request, catalogue=catalogue)
-            compiling(parse_interventions([{"type": "rules"} | form]), [])
+            state.compile(parse_interventions([{"type": "rules"} | form]), [])
         except InterventionError as error:
             raise _at_top(error) from None
     return ruleset
@@ -84,26 +75,26 @@ def normal_form(ruleset: Ruleset) -> dict[str, Any]:
     }
 
 
-def parse_stored(raw: Any, catalogue: ServedCatalogue) -> StoredRuleset:
+def parse_stored(raw: Any, state: EditState) -> StoredRuleset:
     """The body of a library rule set, checked against this server.
 
     Raises:
         InterventionError: ``invalid_artifact``, or as :func:`check_ruleset`.
     """
     stored = parse_ruleset_body(raw)
-    check_ruleset(stored.source, catalogue)
+    check_ruleset(stored.source, state)
     return stored
 
 
-def shown_normal(name: str, stored: StoredRuleset, catalogue: ServedCatalogue) -> dict[str, Any]:
+def shown_normal(name: str, stored: StoredRuleset, state: EditState) -> dict[str, Any]:
     """``{"normal": …}`` of the rule set ``name`` as this server would run it now, or ``{"normal": null, "problem": …}``."""
     try:
-        return {"normal": normal_form(check_ruleset(stored.source, catalogue))}
+        return {"normal": normal_form(check_ruleset(stored.source, state))}
     except InterventionError as error:
         return {"normal": None, "problem": envelope(error)["error"]}
 
 
 def check_body(raw: Any, state: EditState) -> dict[str, Any]:
-    """The answer of ``POST /v1/rulesets/check``: whether a request with it would run."""
+    """The answer of ``POST /v1/rulesets/check``."""
     source, _ = split_source(raw)
-    return normal_form(check_ruleset(source, state.catalogue, state.compile))
+    return normal_form(check_ruleset(source, state))

@@ -73,10 +73,22 @@ class EditState:
         if self.device is not None:
             self.device.check(compiled.payload())
 
+    def encodes(self, sae: ServedSAE) -> bool:
+        """Whether all latents of ``sae`` may be looked at."""
+        return sae.full_encode and (self.device is None or sae.sae.digest not in self.device.not_encoded)
+
+    def most_latents(self, sae: ServedSAE) -> int:
+        """How many latents of ``sae`` one request may edit."""
+        most = self.catalogue.limits.instructions
+        if self.device is None:
+            return most
+        room = self.device.capacity
+        return min(most, room.request_channels, room.members if sae.sae.digest in self.device.whole else most)
+
     def shown(self, sae: ServedSAE) -> dict[str, Any]:
         """The contract's SAE object: what may be asked of it on this server."""
         shown = sae.as_dict()
-        if self.device is not None and sae.sae.digest in self.device.not_encoded:
+        if sae.full_encode and not self.encodes(sae):
             shown |= {"editable": False, "top_k": False, "reason": f"{ON_GPU}, {NOT_ENCODED}"}
         return shown
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vllm import SamplingParams
 
 from editserver.api.capacity import Capacity
+from editserver.api.concept_report import readout
+from editserver.api.edit import Edit
+from editserver.api.evidence import read_all
+from editserver.api.plugin import bounded
 from editserver.api.routes_catalogue import _without_prefix
-from editserver.api.routes_concepts import _check_stream
-from editserver.api.rulesets import check_body
+from editserver.api.routes_concepts import FitConceptBody, _check_limits, _check_stream, _dictionary
+from editserver.api.rulesets import check_body, parse_stored, shown_normal
 from editserver.api.state import EditState
 from editserver.catalogue import build_catalogue
 from editserver.engine.abilities import Abilities
 from editserver.engine.config import EngineConfig, SAESource
 from editserver.engine.triton import capacity as reserved
+from editserver.library import parse_ruleset_body
 from editserver.settings import Settings
 from interventions.errors import InterventionError
+from interventions.limits import Limits
+from interventions.maps.body import from_body
 from interventions.spec import parse_inspect, parse_interventions
 from sae_weights import load_sae
 from tests.engine.dictionaries import write_native
@@ -57,10 +66,15 @@ def test_what_the_kernels_do_is_compiled(state: EditState) -> None:
         assert state.compile(parse_interventions(edit(sae)), parse_inspect(inspect)).program is not None
 
 
-def refusal(state: EditState, interventions: list[dict[str, object]], inspect: object = None) -> InterventionError:
+def refusal(
+    state: EditState,
+    interventions: list[dict[str, object]],
+    inspect: object = None,
+    code: str = "unsupported_with_interventions",
+) -> InterventionError:
     with pytest.raises(InterventionError) as refused:
         state.compile(parse_interventions(interventions), parse_inspect(inspect))
-    assert (refused.value.code, refused.value.status) == ("unsupported_with_interventions", 400)
+    assert (refused.value.code, refused.value.status) == (code, 400)
     return refused.value
 
 
@@ -93,6 +107,66 @@ def test_what_is_listed_says_what_they_do_not_do(state: EditState, monkeypatch: 
     assert state.shown(state.catalogue.sae("polysae")) == state.catalogue.sae("polysae").as_dict()
 
 
+def test_mentions_beyond_the_room_are_refused_as_soon_as_the_prompt_is_known(state: EditState) -> None:
+    scope = {"kind": "mentions", "sequences": [[5, 6]], "tokens": "all"}
+    digest = state.catalogue.sae("relu").sae.digest
+    body = {"model": "model", "sae": digest, "layer": 1, "transfers": [{"latent": 1, "alpha": 0}], "scope": scope}
+    state.catalogue.maps.put("forget", from_body(body))
+    compiled = state.compile(parse_interventions([{"type": "remap", "map": "forget"}]), [])
+    room = state.device.capacity.intervals if state.device else 0
+    few, many = [0, *[5, 6, 7] * (room - 1)], [0, *[5, 6, 7] * room]  # the selector of the whole request is one, too
+    edit = Edit(state, compiled, False)
+    edit.set_prompts([few, many])
+    edit.admit(SamplingParams(max_tokens=4))
+    with pytest.raises(InterventionError, match=f"needs {room + 1} intervals") as refused:
+        edit.admit(SamplingParams(max_tokens=4))
+    assert (refused.value.code, refused.value.status, refused.value.param) == ("limit_exceeded", 400, "interventions")
+
+
+def test_limits_are_published_as_far_as_there_is_room(state: EditState, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert state.device is not None
+    assert bounded(Limits(), state.device) == Limits()
+    raised = Limits(inspected_features=512, top_k=200)
+    assert bounded(raised, state.device) == Limits(inspected_features=256, top_k=128)
+    assert bounded(raised, replace(state.device, encode=None)).top_k == 200  # of nothing
+    narrow = replace(state.device, encode=replace(reserved.EncodeCapacity(), top=16))
+    monkeypatch.setattr(state, "device", narrow)
+    everything = read_all(state, state.catalogue.sae("abstopk"))
+    assert refusal(state, [], everything, "limit_exceeded").param == "inspect"
+    monkeypatch.setattr(state, "catalogue", replace(state.catalogue, limits=bounded(Limits(), narrow)))
+    everything = read_all(state, state.catalogue.sae("abstopk"))
+    assert state.compile([], parse_inspect(everything)).reads[0].top_k == 16
+
+
+def test_a_fit_that_must_fail_is_refused_before_there_is_a_job(state: EditState) -> None:
+    with pytest.raises(InterventionError, match=r"^sae: on a GPU, dictionaries of this kind") as refused:
+        _dictionary(state, "polysae")
+    assert (refused.value.code, refused.value.param) == ("unsupported_with_interventions", "sae")
+
+    def check(sae: str, top: int) -> None:
+        texts = {"a": ["one", "two"], "b": ["three", "four"]}
+        fit = {"name": "n", "sae": sae, "concepts": texts, "target": "a", "top": top, "bins": 16}
+        body = FitConceptBody.model_validate(fit)
+        _check_limits(state, body, state.catalogue.sae(sae), list(body.concepts), list(body.concepts.values()))
+
+    for sae, most in (("abstopk", 64), ("relu", 256)):
+        check(sae, most)
+        with pytest.raises(InterventionError, match=f"top: {most + 1}; this server allows {most}") as refused:
+            check(sae, most + 1)
+        assert (refused.value.code, refused.value.param) == ("limit_exceeded", "top")
+
+
+def test_the_readout_of_a_fit_is_a_dictionary_that_is_encoded(
+    state: EditState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = dict(state.catalogue.saes)
+    later = saes["polysae"] = replace(saes["polysae"], layer=2)
+    monkeypatch.setattr(state, "catalogue", replace(state.catalogue, saes=saes))
+    assert readout(state, saes["abstopk"]) == (saes["abstopk"], True)
+    monkeypatch.setattr(state, "device", None)
+    assert readout(state, saes["abstopk"]) == (later, False)
+
+
 def test_a_detector_is_refused_before_there_is_a_job(state: EditState) -> None:
     with pytest.raises(InterventionError) as refused:
         _check_stream(state, state.catalogue.sae("relu"))
@@ -110,9 +184,13 @@ def test_where_nothing_is_kept_what_listens_is_refused_by_its_field(
     gated = steer | {"when": "seen(feature(relu, 1) > 0)"}
     for listening in (rules, gated):
         assert refusal(state, [steer, steer | {"feature": 2}, listening]).param == "interventions[2]"
-    with pytest.raises(InterventionError, match="a KV cache that keeps every token") as refused:
-        check_body({"text": rules["text"]}, state)
-    assert (refused.value.code, refused.value.param) == ("unsupported_with_interventions", None)
+    body = {"text": rules["text"]}
+    for look in (check_body, parse_stored):
+        with pytest.raises(InterventionError, match="a KV cache that keeps every token") as refused:
+            look(body, state)
+        assert (refused.value.code, refused.value.param) == ("unsupported_with_interventions", None)
+    shown = shown_normal("guard", parse_ruleset_body(body), state)
+    assert (shown["normal"], shown["problem"]["code"]) == (None, "unsupported_with_interventions")
     assert state.compile(parse_interventions([steer, gated | {"strength": 0}]), []).program is not None
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from editserver.api.capacity import Capacity
 from editserver.api.errors import envelope
 from editserver.api.refusal import refusal_choice, refuse_whole, without_end
 from editserver.api.rule_report import MOST, RuleReport, opened
 from editserver.api.rulesets import shown_normal
+from editserver.api.state import EditState
 from editserver.catalogue import build_catalogue, open_sae
 from editserver.engine.config import EngineConfig
 from editserver.library import RulesetLibrary, StoredRuleset, parse_ruleset_body
@@ -248,14 +250,16 @@ def test_a_stored_rule_set_that_no_longer_fits_is_shown_with_its_problem(tmp_pat
     opened = [open_sae(f"{name}={path}") for name, path in make_probes(tmp_path / "probes").items()]
     config = EngineConfig((15, 20), tuple(one.source() for one in opened), ())
     shape = {"d_model": 576, "n_layers": 30, "vocab_size": 10, "tokenizer": None}
-    catalogue = build_catalogue(config, Settings(library=tmp_path), **shape)
+    settings = Settings(library=tmp_path)
+    catalogue = build_catalogue(config, settings, **shape)
+    state = EditState(config, settings, catalogue, Capacity(config.bank_rows), "0", "model", None)
     assert set(catalogue.rule_context().dictionaries or ()) == {RELU}  # the TopK one cannot be read row by row
     hot = f"feature({RELU}, 3) > 1"
     catalogue.rulesets.put("fits", StoredRuleset(f"rule r: {hot} -> a"))
     catalogue.rulesets.put("other", StoredRuleset(f"rule r: {hot} and gone -> a"))
-    shown = shown_normal("fits", catalogue.rulesets.get("fits"), catalogue)
+    shown = shown_normal("fits", catalogue.rulesets.get("fits"), state)
     assert shown["normal"]["rules"] == [f"rule r: {hot} -> a"]
-    shown = shown_normal("other", catalogue.rulesets.get("other"), catalogue)
+    shown = shown_normal("other", catalogue.rulesets.get("other"), state)
     assert shown["normal"] is None
     assert (shown["problem"]["code"], shown["problem"]["column"]) == ("unknown_concept", len(f"rule r: {hot} and ") + 1)
 
