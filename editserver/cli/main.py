@@ -143,6 +143,9 @@ def demo(
 )
 def doctor(
     context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As for editserver serve, whose flags may follow.")
+    ] = None,
     selftest: Annotated[
         bool, typer.Option("--selftest", help="Also run a small engine and prove an edit (about a minute).")
     ] = False,
@@ -151,8 +154,8 @@ def doctor(
     from editserver.cli.doctor import examine
 
     code = examine(selftest=selftest)
-    if context.args and not code:
-        _show_memory(context.args)
+    if model is not None and not code:
+        _show_memory([model, *context.args])
     raise typer.Exit(code)
 
 
@@ -165,7 +168,11 @@ def _show_memory(arguments: Sequence[str]) -> None:
     args = _prepared(command.commands["serve"].make_context("doctor", list(arguments)))
     try:
         found = plan(args)
-    except (UnsupportedConfig, ValueError) as error:  # vLLM's own: a flag that does not fit the model
+    except (
+        UnsupportedConfig,
+        ValueError,
+        OSError,
+    ) as error:  # vLLM's own: no such model, or a flag that does not fit it
         _fail(str(error))
     show(found, Console())
 

@@ -16,13 +16,16 @@ from editserver.engine.memory import Budget, Footprint, on_cpu, on_device
 
 MIB, GIB = 2**20, 2**30
 
+KV_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "fp8_inc": 1}
+"""Of one number in the KV cache, by ``--kv-cache-dtype``; the other formats pack numbers with their scales."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a server would reserve.
 
     Attributes:
-        kv_per_token: bytes of KV per token in one worker, where every layer keeps all tokens.
+        kv_per_token: see :func:`kv_per_token`.
         kv_budget: bytes for the KV cache, where they were given as such.
         memory: bytes that the server may use at all, where that was given as a share.
     """
@@ -77,13 +80,10 @@ def _footprint(config: EngineConfig, vllm_config: Any) -> Footprint:
 
 
 def kv_per_token(vllm_config: Any) -> int:
-    """Keys and values of one token at all attention layers of one worker, in bytes."""
-    import torch
-
+    """Keys and values of one token at all attention layers of one worker, in bytes; 0 in formats that are not known here."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    told = vllm_config.cache_config.cache_dtype
-    dtype = {"auto": model.dtype, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(told)
-    size = dtype.itemsize if dtype is not None else 1  # the others are kinds of fp8
+    dtype = vllm_config.cache_config.cache_dtype
+    size = int(model.dtype.itemsize) if dtype == "auto" else KV_BYTES.get(dtype, 0)
     layers = int(model.get_num_layers_by_block_type(parallel, "attention"))
     both = 1 if model.use_mla else 2
     return layers * both * int(model.get_num_kv_heads(parallel)) * int(model.get_head_size()) * size
@@ -121,9 +121,12 @@ def show(found: Plan, console: Console) -> None:
 
 def totals(found: Plan) -> list[str]:
     """The table's sums as sentences."""
-    footprint, budget = found.footprint, found.budget
-    share = f"gates and rules take at most {found.share:.2%} of the KV cache's memory"
-    lines = [f"A token's KV is {found.kv_per_token:,} bytes where every layer keeps it: {share}."]
+    footprint, budget, lines = found.footprint, found.budget, list[str]()
+    if found.kv_per_token:
+        lines.append(
+            f"A token's KV is {found.kv_per_token:,} bytes where every layer keeps it: "
+            f"gates and rules take at most {found.share:.2%} of the KV cache's memory."
+        )
     if budget is not None and found.kv_budget is not None:
         lines.append(
             f"Of {_size(found.kv_budget)} for the KV cache, {_size(budget.kv_bytes)} hold KV, "

@@ -91,11 +91,19 @@ def test_a_configuration_is_told_buffer_by_buffer(monkeypatch: pytest.MonkeyPatc
 
 def test_a_configuration_that_cannot_be_served_is_refused_as_serve_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--sae nowhere" in told(monkeypatch, "demo", "--sae", "nowhere", code=2)
+    assert "'./nowhere'" in told(monkeypatch, "./nowhere", "--arm-layers", "1", code=2)
     text = told(monkeypatch, "--max-model-len", "2048", "demo", code=2)
     assert "MODEL comes first: editserver doctor MODEL --max-model-len" in text
     text = told(monkeypatch, "demo", "--max-model-len", "999999", code=2)
     assert "editserver: " in text
     assert "max_model_len (999999) is greater than" in text
+
+
+def test_of_a_kv_cache_in_a_packed_format_nothing_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "A token's KV is 11,520 bytes" in told(monkeypatch, "demo", "--kv-cache-dtype", "fp8")
+    text = told(monkeypatch, "demo", "--kv-cache-dtype", "nvfp4")
+    assert "row bank" in text
+    assert "A token's KV" not in text
 
 
 @pytest.mark.engine
