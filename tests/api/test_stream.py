@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_an_invalid_edit_is_refused_before_the_stream_starts(chat: Chat) -> None
 
 
 def test_a_client_that_hangs_up_frees_its_rows(server: Any, http: httpx.Client) -> None:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 400, "ignore_eos": True}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 900, "ignore_eos": True}
     with (
         server.client() as other,
         other.stream("POST", "/v1/chat/completions", json=body | {"stream": True, "interventions": [STEER]}) as answer,
@@ -86,7 +87,7 @@ def test_a_client_that_hangs_up_frees_its_rows(server: Any, http: httpx.Client) 
         pieces = answer.iter_bytes()  # held: httpx hangs up as soon as nobody holds the iterator
         next(pieces)
         assert "editserver_bank_rows_in_use 1.0" in http.get("/metrics/").text
-    for _ in range(50):
-        if "editserver_bank_rows_in_use 0.0" in http.get("/metrics/").text:
-            return
-    pytest.fail("the rows of a client that hung up are still counted")
+    deadline = time.monotonic() + 3  # long before 900 tokens are there
+    while "editserver_bank_rows_in_use 0.0" not in http.get("/metrics/").text:
+        assert time.monotonic() < deadline, "the rows of a client that hung up are still counted"
+        time.sleep(0.05)
