@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,9 @@ class Engine:
             self.reset_cache()
         compiled = [self.compile(ask) for ask in asks]
         params = [self.params(a, c) for a, c in zip(asks, compiled, strict=True)]
-        outputs = self.llm.generate([self.prompt(a) for a in asks], params, use_tqdm=False)
+        with self._held():
+            self.llm.enqueue([self.prompt(a) for a in asks], params, use_tqdm=False)
+        outputs = self.llm.wait_for_completion(use_tqdm=False)
         return [
             [answer_of(choice, output.num_cached_tokens, c) for choice in output.outputs]
             for output, c in zip(outputs, compiled, strict=True)
@@ -195,6 +198,19 @@ class Engine:
     def run(self, asks: Sequence[Ask], *, cold: bool = False) -> list[Answer]:
         """As :meth:`run_all`, the first choice of each."""
         return [choices[0] for choices in self.run_all(asks, cold=cold)]
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """No step is made of the requests that arrive inside before all of them are there.
+
+        A core in this process waits by itself; one in a process of its own would begin with whoever is first, and bits
+        change with the shape of a batch.
+        """
+        if self.processes:
+            self.llm.llm_engine.engine_core.call_utility("pause_scheduler", "keep", False)
+        yield
+        if self.processes:
+            self.llm.llm_engine.engine_core.call_utility("resume_scheduler")
 
     def stop(self) -> None:
         """Release the engine's memory."""
