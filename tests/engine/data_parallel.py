@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.engine.parallel_machine import BLOCK, _answered
+from tests.engine.engine_process import BLOCK, _answered
 from tests.engine.tiny import write_model
 from tests.engine.tiny_cases import Bench, Made
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.parallel_machine import BLOCK, Answered, Start, run
+from tests.engine.engine_process import BLOCK, Answered, Start, run
 from tests.engine.tiny import write_model
 from tests.engine.tiny_cases import Bench, Made
 

@@ -15,7 +15,7 @@ import torch
 
 from interventions.oracle import select
 from interventions.reference import _Pass
-from tests.engine.parallel_machine import BLOCK, Answered, Asked, Start, run
+from tests.engine.engine_process import BLOCK, Answered, Asked, Start, run
 from tests.engine.tiny import write_model
 from tests.engine.tiny_cases import N_NEW, STEER, Bench, Made, features, prompt_of
 from tests.engine.tiny_weights import FORMATS, RANK, dequantised, write_adapter, write_quantised

@@ -1,6 +1,6 @@
 """Requests for the tiny model, one of every machinery, and what ``transformers`` with the pure functions makes of them.
 
-For starts in processes of their own (:mod:`tests.engine.parallel_machine`): the requests are compiled here.
+For starts in processes of their own (:mod:`tests.engine.engine_process`): the requests are compiled here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from interventions.reference import ReferenceExecutor
 from interventions.spec import parse_inspect, parse_interventions
 from sae_weights import load_sae
 from tests.engine.dictionaries import write_native
-from tests.engine.parallel_machine import Answered, Asked
+from tests.engine.engine_process import Answered, Asked
 from tests.engine.rule_checks import threshold
 from tests.engine.tiny import D_MODEL, N_LAYERS, VOCAB
 

@@ -1,4 +1,4 @@
-"""vLLM in a process of its own, started as a test says and asked what it says: ``python -m tests.engine.parallel_machine``.
+"""vLLM in a process of its own, started as a test says and asked what it says: ``python -m tests.engine.engine_process``.
 
 For starts that a session's one engine cannot be: several workers, adapters, quantised weights.
 """
@@ -71,7 +71,7 @@ def run(starts: Sequence[Start], folder: Path, timeout: float = 500) -> list[lis
     }
     given, out, log = folder / "starts.pickle", folder / "results.pickle", folder / "log.txt"
     given.write_bytes(pickle.dumps(list(starts)))
-    command = [sys.executable, "-m", "tests.engine.parallel_machine", str(given), str(out)]
+    command = [sys.executable, "-m", "tests.engine.engine_process", str(given), str(out)]
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
@@ -195,7 +195,7 @@ def _serve(start: Start) -> list[Any]:
         "max_num_batched_tokens": 256,
         "gpu_memory_utilization": 0.2,
         "kv_cache_memory_bytes": 1 << 26,
-        "worker_extension_cls": "tests.engine.parallel_machine.Extension",
+        "worker_extension_cls": "tests.engine.engine_process.Extension",
     }
     additional = {} if start.additional is None else {"editserver": start.additional}
     llm = LLM(start.model, additional_config=additional, **(defaults | dict(start.engine)))
@@ -254,6 +254,6 @@ def _main(given: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    from tests.engine import parallel_machine  # the module that pickles name
+    from tests.engine import engine_process  # the module that pickles name
 
-    parallel_machine._main(*map(Path, sys.argv[1:]))
+    engine_process._main(*map(Path, sys.argv[1:]))
