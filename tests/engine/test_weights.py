@@ -152,8 +152,8 @@ def test_an_edit_on_quantised_weights_is_the_oracles_on_the_engines_own_stream(
         assert answered.journal.stats(0, at.layer, n_fed).fired == int((fired & 1).sum())
 
 
-NOISE = {"int8": 0.1, "fp8": 0.2, "int4": 0.03}
-"""What activations lose that are quantised as they come (int4's are not), relative to the stream."""
+NOISE = {"int8": 0.1, "fp8": 0.2, "int4": 0.1}
+"""What activations lose that are quantised as they come, relative to the stream (int4's are quantised where the CPU has AMX)."""
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -164,10 +164,14 @@ def test_quantised_weights_are_those_of_the_checkpoint(
     (answered,), streams = results[name]["0"], results[name]["streams 0"]
     ids = torch.tensor([[*prompt_of(40), *answered.tokens[:-1]]])
     with torch.no_grad():
-        due = rounded.model(ids, output_hidden_states=True).hidden_states
+        due, unrounded = (m.model(ids, output_hidden_states=True).hidden_states for m in (rounded, model))
     for layer, (before, after) in streams[0].items():
         assert torch.equal(before, after)
-        own = due[layer + 1][0]
-        assert float(((before.float() - own).norm(dim=1) / own.norm(dim=1)).median()) < NOISE[name], (name, layer)
+        off = [
+            float(((before - h[0]).norm(dim=1) / h[0].norm(dim=1)).median())
+            for h in (due[layer + 1], unrounded[layer + 1])
+        ]
+        assert off[0] < NOISE[name], (name, layer)
+        assert off[0] < 0.9 * off[1], (name, layer)
     assert sorted(streams[0]) == [1, 2]
     assert np.isfinite(answered.top[0][answered.tokens[0]])
