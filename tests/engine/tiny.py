@@ -52,8 +52,8 @@ class Job:
 
     ``armed`` None starts without editserver's configuration. ``requests`` are prompts with the hex of a payload or None.
     ``engine`` "device": edited by kernels, which :mod:`tests.engine.v2_machine` has interpreted. ``unarm`` takes the splice
-    out again after the first handshake. An engine in this process (``own_core`` False) does not
-    survive a request that it refuses: ask for that last. ``v2``: on the V2 model runner (:mod:`tests.engine.v2_machine`).
+    out again after the first handshake; what needs it then ends the engine: ask for that last.
+    ``v2``: on the V2 model runner (:mod:`tests.engine.v2_machine`).
     ``environment``: variables of its process alone, which vLLM reads when it starts.
     """
 
@@ -62,7 +62,6 @@ class Job:
     requests: Sequence[tuple[Sequence[int], str | None]]
     eager: bool = False
     unarm: Sequence[int] = ()
-    own_core: bool = False
     max_tokens: int = 4
     v2: bool = False
     engine: str = "auto"
@@ -79,7 +78,7 @@ class Result:
     editserver_modules: list[str] = field(default_factory=list)
     op_registered: bool = False
     runner: str = ""
-    """Module of the model runner's class, where it is in this process."""
+    """Module of the model runner's class."""
     log: str = ""
     cached: list[str] = field(default_factory=list)
     """Files in the cache of torch.compile, after the process."""
@@ -87,11 +86,6 @@ class Result:
     def top(self, i: int) -> list[dict[int, float]]:
         """Log-probabilities of the most likely tokens, per step."""
         return [{int(token): value for token, value in step.items()} for step in self.answers[i]["top"]]
-
-
-def run(job: Job, folder: Path, environment: Mapping[str, str]) -> Result:
-    """:func:`run_all` of one."""
-    return run_all([job], folder, environment)[0]
 
 
 def run_all(jobs: Sequence[Job], folder: Path, environment: Mapping[str, str]) -> list[Result]:
@@ -108,6 +102,7 @@ def run_all(jobs: Sequence[Job], folder: Path, environment: Mapping[str, str]) -
         "TORCHINDUCTOR_VEC_ISA_OK": "1",  # that g++ knows this CPU's instructions need not be tried out
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "INFO",
         "PYTHONPATH": str(REPOSITORY),
     }
@@ -165,7 +160,7 @@ def _become(job: Job, out: Path) -> NoReturn:
         os.dup2(log, stream)
     code = 1
     try:
-        os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(job.own_core)), **job.environment})
+        os.environ.update(job.environment)
         _serve(job, out)
         code = 0
     except BaseException:
@@ -198,9 +193,9 @@ def _serve(job: Job, out: Path) -> None:
     result = Result()
     if job.armed is not None:
         result.handshakes += llm.collective_rpc("editserver_handshake")
-    if not job.own_core:
-        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        result.runner = type(runner).__module__
+    engine = llm.llm_engine
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    result.runner = type(runner).__module__
     if job.unarm:
         for index in job.unarm:
             layer = runner.model.model.layers[index]
@@ -220,6 +215,7 @@ def _serve(job: Job, out: Path) -> None:
         except Exception as error:
             result.answers.append({"error": f"{type(error).__name__}: {error}"})
             result.fired.append({})
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
             continue
         top = [{str(token): entry.logprob for token, entry in step.items()} for step in completion.logprobs]
         result.answers.append({"tokens": list(completion.token_ids), "top": top, "reason": completion.finish_reason})
@@ -229,8 +225,6 @@ def _serve(job: Job, out: Path) -> None:
     result.editserver_modules = sorted(m for m in sys.modules if m.startswith("editserver"))
     result.op_registered = hasattr(torch.ops.editserver, "edit")
     out.write_text(json.dumps(asdict(result)))
-    if job.own_core:
-        llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":
