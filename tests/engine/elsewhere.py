@@ -8,10 +8,16 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from tests.engine.tiny import REPOSITORY
 
 PROBLEMS = ("failure", "error", "skipped")
+
+
+def cases_in(module: ModuleType) -> list[str]:
+    """The tests of a module of this folder, as :func:`run_elsewhere` takes them."""
+    return [f"{module.__name__.rpartition('.')[2]}.py::{name}" for name in vars(module) if name.startswith("test_")]
 
 
 def run_elsewhere(plugin: str, names: Sequence[str], folder: Path) -> dict[str, str]:

@@ -108,6 +108,10 @@ class Steps:
         """vLLM's own counters, summed over the requests."""
         return sum(request.num_preemptions for request in self.requests.values())
 
+    def preempted(self, request_id: str) -> int:
+        """How often the request (its external id) was preempted."""
+        return sum(r.num_preemptions for key, r in self.requests.items() if key.rpartition("-")[0] == request_id)
+
     def computed(self, request_id: str) -> int:
         """Tokens scheduled for the request (its external id) over all steps, recomputed ones included."""
         mine = [key for key, request in self.requests.items() if key.rpartition("-")[0] == request_id]

@@ -1,7 +1,7 @@
 """vLLM's V2 model runner, for real: what is promised of the engine holds on it as on V1's.
 
-The tests named here are those of the other modules. They run once more, unchanged, in a process of their own that has that
-runner (:mod:`tests.engine.v2_machine`); any other test of an engine can be run there the same way.
+The promises of :mod:`tests.engine.promises`, each in a process of their own that has that runner
+(:mod:`tests.engine.v2_machine`); any other test of an engine can be run there the same way.
 """
 
 from __future__ import annotations
@@ -12,28 +12,22 @@ import pytest
 import torch
 
 from interventions.reference import ReferenceExecutor
-from tests.engine.elsewhere import run_elsewhere
+from tests.engine import promises
+from tests.engine.elsewhere import cases_in, run_elsewhere
 from tests.engine.test_compile_cache import FOUND, PROMPT, SAVED, assert_reference, difference, steering
 from tests.engine.tiny import Job, Result, run_all, write_model
 
 pytestmark = pytest.mark.engine
 
-AGAIN = (
-    "test_schedule.py::test_edits_are_the_same_at_every_chunk_size[17]",
-    "test_schedule.py::test_arrivals_finishes_and_aborts_mix_up_nothing[1-7]",
-    "test_prefix_cache.py::test_a_later_turn_never_reuses_kv_of_the_other_phase",
-    "test_gates.py::test_preempted_requests_have_the_same_gates_when_they_come_back",
-    "test_rules.py::test_rules_in_one_row_change_no_bit_of_its_neighbours",
-    "test_mutants.py::test_a_mutant_is_caught[phase per step instead of per token]",
-)
+PROMISES = cases_in(promises)
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_elsewhere("tests.engine.v2_machine", AGAIN, tmp_path_factory.mktemp("v2"))
+    return run_elsewhere("tests.engine.v2_machine", PROMISES, tmp_path_factory.mktemp("v2"))
 
 
-@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize("name", PROMISES)
 def test_the_promise_holds_on_the_v2_runner(outcomes: dict[str, str], name: str) -> None:
     assert outcomes[name] == ""
 

@@ -1,6 +1,7 @@
 """What is promised of any engine, on a model so small that Triton's interpreter can run the kernels: not collected by itself.
 
-Run by :mod:`tests.engine.test_device_engine` in processes of their own, which choose the engine and the scheduling.
+Run by :mod:`tests.engine.test_v2_engine` and :mod:`tests.engine.test_device_engine` in processes of their own, which choose the
+runner, the engine and the scheduling.
 """
 
 from __future__ import annotations
@@ -206,16 +207,31 @@ def test_preempted_requests_have_the_same_edits_when_they_come_back(engine: Engi
         [change("jumprelu", set_to(5, 15.0), tokens="prompt")],
     ]
     asks = [Ask(prompt(20 + i, BLOCK - 3), kind, max_tokens=6) for i, kind in enumerate(kinds)]
+    ruled = Ask(prompt(40, BLOCK - 3), [{"type": "rules", "text": RULES}], max_tokens=6)
+    asks.append(ruled)
     for ask in asks:
         lab.alone(ask)
     with scarce(engine, 5), watched(engine) as steps, Driver(engine) as driver:
         names = [driver.add(ask) for ask in asks]
         driver.drain()
-    assert steps.preemptions > 0, "nothing was preempted: the test proves nothing"
+    assert steps.preempted(names[0]) == 0
+    assert steps.preempted(names[2]) > 0, "no edit was preempted: the test proves nothing"
+    assert steps.preempted(names[3]) > 0, "no rules were preempted: the test proves nothing"
     for name, ask in zip(names, asks, strict=True):
         answer = driver.answer(name)
         lab.assert_as_alone(ask, answer, TOLERANCE)
-        assert_edited_where_asked(ask, answer, preempted=True)
+        if ask is not ruled:
+            assert_edited_where_asked(ask, answer, preempted=True)
+            continue
+        assert answer.journal is not None
+        wanted = lab.alone(ask).journal
+        assert wanted is not None
+        mine, theirs = answer.journal.rules, wanted.rules
+        assert mine is not None
+        assert theirs is not None
+        for part in ("held", "concluded", "active"):
+            assert np.array_equal(getattr(mine, part), getattr(theirs, part)), part
+        assert theirs.active.any()
     lab.assert_nothing_left()
 
 
