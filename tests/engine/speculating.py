@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import multiprocessing
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from editserver.engine.journal import Journal
 from interventions.compile import Compiled
@@ -70,7 +72,7 @@ class Outcome:
 
 
 class Speculating:
-    """The test's end; ``mutate`` breaks the engine over there, for good."""
+    """The test's end."""
 
     def __init__(self, model: Path, saes: Mapping[str, Path | Origin], armed: Sequence[int]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -93,16 +95,23 @@ class Speculating:
         outcomes: list[Outcome] = self._answer()
         return outcomes
 
-    def mutate(self, change: Callable[[], None]) -> None:
-        """``change`` is a function of a module."""
+    @contextmanager
+    def mutated(self, change: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
+        """The engine over there is broken by ``change``, a function of a module, and whole again behind it."""
         self._pipe.send(("mutate", change, ()))
         self._answer()
+        try:
+            yield
+        finally:
+            self._pipe.send(("heal", (), ()))
+            self._answer()
 
     def stop(self) -> None:
         """End the process."""
         if self._process.is_alive():
             self._pipe.send(("stop", (), ()))
         self._process.join(60)
+        self._process.kill()
 
     def _answer(self) -> Any:
         kind, value = self._pipe.recv()
@@ -126,13 +135,17 @@ def _serve(pipe: Connection, model: Path, saes: dict[str, Path | Origin], armed:
                 "prompt_lookup_min": 1,
             },
         )
-        served = _Served(engine)
+        served, patch = _Served(engine), pytest.MonkeyPatch()
         pipe.send(("ready", None))
         while True:
             kind, what, scripts = pipe.recv()
             if kind == "stop":
                 return
-            pipe.send(("done", what() if kind == "mutate" else served.run(what, scripts)))
+            if kind == "run":
+                pipe.send(("done", served.run(what, scripts)))
+                continue
+            patch.undo() if kind == "heal" else what(patch)
+            pipe.send(("done", None))
     except Exception:
         pipe.send(("failed", traceback.format_exc()))
 

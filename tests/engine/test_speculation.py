@@ -400,7 +400,7 @@ def test_a_dose_that_an_accepted_draft_exceeds_ends_the_request_there(
 # -- the tests can fail -------------------------------------------------------------------------------------------------
 
 
-def _keep_states() -> None:
+def _keep_states(patch: pytest.MonkeyPatch) -> None:
     """State runs on from rejected tokens."""
     from editserver.engine.gates import Tracks
     from editserver.engine.rule_table import RuleRun
@@ -413,23 +413,22 @@ def _keep_states() -> None:
             self.cells[:] = 0
         return 0
 
-    Tracks.at = at  # type: ignore[method-assign]
-    RuleRun.go_to = go_to  # type: ignore[method-assign]
+    patch.setattr(Tracks, "at", at)
+    patch.setattr(RuleRun, "go_to", go_to)
 
 
-def _keep_records() -> None:
+def _keep_records(patch: pytest.MonkeyPatch) -> None:
     """Records tell of rejected tokens."""
     from editserver.engine.wire import StepRecord
 
-    StepRecord.cut = lambda self, n: self  # type: ignore[method-assign]
+    patch.setattr(StepRecord, "cut", lambda self, n: self)
 
 
+@pytest.mark.parametrize(("change", "caught"), [(_keep_states, {2, 3}), (_keep_records, {0, 1, 2, 3, 4, 5, 6})])
 def test_an_engine_that_keeps_rejected_drafts_is_caught(
-    lab: Lab, fast: Speculating, trap: Trap, tmp_path: Path
+    lab: Lab, fast: Speculating, trap: Trap, tmp_path: Path, change: Any, caught: set[int]
 ) -> None:
-    """Last in this file: the speculating engine is broken from here on."""
-    for change, caught in ((_keep_states, {2, 3}), (_keep_records, {0, 1, 2, 3, 4, 5, 6})):
-        fast.mutate(change)
+    with fast.mutated(change):
         found = _run_trapped(lab, fast, trap, tmp_path)
-        print(f"\n{change.__name__}:", {i: str(wrong).splitlines()[0][:80] for i, wrong in found.items()})
-        assert set(found) >= caught, f"of {sorted(caught)} only {sorted(found)}"
+    print({i: str(wrong).splitlines()[0][:80] for i, wrong in found.items()})
+    assert set(found) >= caught
