@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +43,7 @@ from interventions.selectors import (
 )
 from sae_weights import SAE, load_sae
 from tests.engine.dictionaries import ARCHITECTURES, N_FEATURES, write_native, write_sae
+from tests.engine.flat_batches import Part, bounds_of, random_stream, stream_of
 
 D = 40
 LAYER = 3
@@ -78,24 +78,6 @@ def new_worker(dtype: torch.dtype) -> EngineWorker:
     return EngineWorker(dictionaries()[0], D, dtype, MAX_TOKENS)
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one request has in the step: the tokens at ``start … start + len(ids)``; no payload for a plain one."""
-
-    payload: Payload | None
-    start: int
-    prompt_len: int
-    ids: torch.Tensor
-
-    @property
-    def positions(self) -> torch.Tensor:
-        return torch.arange(self.start, self.start + len(self.ids))
-
-    @property
-    def selectors(self) -> tuple[Selector, ...]:
-        return self.payload.program.selectors if self.payload and self.payload.program else ()
-
-
 @dataclass
 class Step:
     """A flat batch as the model runner lays it out: ``h [tokens, D]`` before the edit, and what became of it."""
@@ -108,15 +90,12 @@ class Step:
 
     @property
     def bounds(self) -> list[slice]:
-        edges = np.cumsum([0] + [len(p.ids) for p in self.parts]).tolist()
-        return [slice(a, b) for a, b in itertools.pairwise(edges)]
+        return bounds_of(self.parts)
 
     @property
     def stream(self) -> torch.Tensor:
         """The residual stream in the model's dtype."""
-        if self.residual is None:
-            return self.hidden.clone()
-        return (self.hidden.float() + self.residual.float()).to(self.hidden.dtype)
+        return stream_of(self.hidden, self.residual)
 
     def run(self, worker: EngineWorker, names: Sequence[str] | None = None) -> Step:
         """A copy of this step after the worker's pass. Rows of the bank are dealt out afresh."""
@@ -246,13 +225,7 @@ def random_step(seed: int, dtype: torch.dtype, split: bool, n_parts: int, plain:
             program = random_program(random, prompt_len)
             payload = Payload(program, (), program.digest())
         parts.append(Part(payload, start, prompt_len, torch.from_numpy(random.integers(0, 6, n))))
-    tokens = sum(len(p.ids) for p in parts)
-    scale = np.exp(random.normal(size=(tokens, 1)) * 0.5) * 60 / math.sqrt(D)
-    stream = torch.from_numpy(random.normal(size=(tokens, D)) * scale).float()
-    if not split:
-        return Step(parts, stream.to(dtype), None)
-    residual = (stream * 0.8).to(dtype)
-    return Step(parts, (stream - residual.float()).to(dtype), residual)
+    return Step(parts, *random_stream(random, sum(len(p.ids) for p in parts), D, dtype, split))
 
 
 def expected(part: Part, h: torch.Tensor) -> LayerResult:

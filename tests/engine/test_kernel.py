@@ -34,6 +34,7 @@ from interventions.program import (
 from interventions.selectors import ALL, GENERATED, Selector, slice_selector
 from sae_weights import load_sae
 from tests.engine.dictionaries import ARCHITECTURES, N_FEATURES, random_sae, write_native
+from tests.engine.flat_batches import Part
 from tests.engine.kernel_steps import (
     LAYER,
     MAX_TOKENS,
@@ -41,7 +42,6 @@ from tests.engine.kernel_steps import (
     NORMS,
     SHIFTS,
     D,
-    Part,
     Step,
     borderline,
     dictionaries,
