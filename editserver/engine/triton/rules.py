@@ -15,7 +15,6 @@ from editserver.engine.triton.arena import Arena, Spec, at
 from editserver.engine.triton.capacity import RuleCapacity
 from editserver.engine.triton.kernel_common import FIXED
 from editserver.engine.triton.kernel_propositions import propositions_kernel
-from editserver.engine.triton.kernel_read import read_kernel
 from editserver.engine.triton.kernel_rules import stage_kernel
 from editserver.engine.triton.rule_columns import Placed, columns_of, specs_of
 from editserver.engine.triton.tables import Columns
@@ -122,34 +121,9 @@ class DeviceRules:
         cache, number, table = step.cache, step.number(layer), self._tables[layer]
         assert cache is not None, "rules need bits that are kept with the KV"
         words = dict(zip(("WP", "WC", "WA", "WM"), self.capacity.words, strict=True))
-        variant = step.variant(decode)
-        grid = step.grid(hidden, residual, decode)
-        read_kernel[grid](
-            hidden,
-            hidden if residual is None else residual,
-            step.state,
-            *step.tiles,
-            step.resident,
-            self._everywhere,
-            table["feature_ptr"],
-            table["feature_rows"],
-            self._everywhere,
-            table["feature_centred"],
-            step.bank.read,
-            step.bank.gate,
-            step.members[number],
-            step.capacity.members,
-            self.acts,
-            self.acts.shape[1],
-            self.kept,
-            cache.slot_mapping,
-            D=step.d_model,
-            SPLIT=residual is not None,
-            HITS=False,
-            REMEMBER=False,
-            **variant,
-        )
-        propositions_kernel[grid](
+        rows = {name: table[f"feature_{name}"] for name in ("ptr", "rows", "centred")} | {"bits": self._everywhere}
+        step.read(layer, rows, self._everywhere, self.acts, hidden, residual, decode)
+        propositions_kernel[step.grid(hidden, residual, decode)](
             step.state,
             *step.tiles,
             step.resident,
@@ -167,7 +141,7 @@ class DeviceRules:
             self.kept,
             self.scores,
             self.scores.shape[1],
-            T=variant["T"],
+            T=step.variant(decode)["T"],
             LOG=LOG_PROPOSITIONS,
             WP=words["WP"],
             WORDS=sum(self.capacity.words),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -293,18 +293,18 @@ class DeviceStep:
         if self.encode is not None:
             self.encode.run(self, layer, "before", hidden, residual)
         if self.stages.gates:
-            self._read(layer, "heard", self.opened[self._number[layer]], hidden, residual, decode)
+            self._list(layer, "heard", hidden, residual, decode)
             if self._cache is not None:
                 self._look_back(layer, self._cache, min(hidden.shape[0], self.capacity.rows))
                 if self.rules is not None:
                     self.rules.run(self, layer, hidden, residual, decode)
         if self.stages.before:
-            self._read(layer, "before", self.readings[layer, "before"], hidden, residual, decode)
+            self._list(layer, "before", hidden, residual, decode)
         self.edit(layer, hidden, residual, decode)
         if self.stages.after:
             if self.encode is not None:
                 self.encode.run(self, layer, "after", hidden, residual)
-            self._read(layer, "after", self.readings[layer, "after"], hidden, residual, decode)
+            self._list(layer, "after", hidden, residual, decode)
 
     def edit(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None, decode: bool) -> None:
         """The edit alone; arguments as :meth:`run`'s."""
@@ -316,8 +316,7 @@ class DeviceStep:
             hidden,
             hidden if residual is None else residual,
             self.state,
-            self._tile_first,
-            self._tile_last,
+            *self.tiles,
             self.resident,
             self.selected,
             self.opened[number],
@@ -349,7 +348,7 @@ class DeviceStep:
             SPLIT=residual is not None,
             LOG_CHANNELS=DECODE_CHANNELS if decode else PROMPT_CHANNELS,
             AHEAD=ahead,
-            **(self._decode if decode else self._prompt),
+            **self.variant(decode),
         )
 
     def _read_ahead(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
@@ -375,43 +374,58 @@ class DeviceStep:
             **variant,
         )
 
-    def _read(
+    def read(
         self,
         layer: int,
-        which: str,
+        rows: Mapping[str, torch.Tensor],
+        selected: torch.Tensor,
         out: torch.Tensor,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
         decode: bool,
+        hits: bool = False,
     ) -> None:
-        tables, number = self.tables, self._number[layer]
-        remembers = which == "heard" and self._cache is not None
+        """Read every request's own rows against the stream at ``layer``; arguments else as :meth:`run`'s.
+
+        Args:
+            rows: "ptr", "rows", "bits", "centred", on the device, as :class:`~editserver.engine.triton.tables.Listing`'s.
+            selected: int64 ``[tokens]``: a row is read where one of its bits is set.
+            out: fp32 ``[tokens, columns]``; with ``hits`` int64 ``[tokens]``, bits of the rows that are not 0, which are kept with
+                the KV cache if there is one.
+        """
+        number, cache = self._number[layer], self._cache
         read_kernel[self.grid(hidden, residual, decode)](
             hidden,
             hidden if residual is None else residual,
             self.state,
-            self._tile_first,
-            self._tile_last,
+            *self.tiles,
             self.resident,
-            self.selected,
-            tables.of(layer, f"{which}_ptr"),
-            tables.of(layer, f"{which}_rows"),
-            tables.of(layer, f"{which}_bits"),
-            tables.of(layer, f"{which}_centred"),
+            selected,
+            rows["ptr"],
+            rows["rows"],
+            rows["bits"],
+            rows["centred"],
             self.bank.read,
             self.bank.gate,
             self.members[number],
             self.capacity.members,
             out,
-            self.capacity.listed,
+            out.shape[-1],
             self._memory[number],
-            self._cache.slot_mapping if self._cache is not None else self.selected,
+            self.selected if cache is None else cache.slot_mapping,
             D=self.d_model,
             SPLIT=residual is not None,
-            HITS=which == "heard",
-            REMEMBER=remembers,
-            **(self._decode if decode else self._prompt),
+            HITS=hits,
+            REMEMBER=hits and cache is not None,
+            **self.variant(decode),
         )
+
+    def _list(self, layer: int, which: str, hidden: torch.Tensor, residual: torch.Tensor | None, decode: bool) -> None:
+        """``which`` of :data:`~editserver.engine.triton.tables.LISTINGS`."""
+        rows = {name: self.tables.of(layer, f"{which}_{name}") for name in ("ptr", "rows", "bits", "centred")}
+        hits = which == "heard"
+        out = self.opened[self._number[layer]] if hits else self.readings[layer, which]
+        self.read(layer, rows, self.selected, out, hidden, residual, decode, hits)
 
     def _look_back(self, layer: int, cache: Cache, rows: int) -> None:
         number, tables = self._number[layer], self.tables
