@@ -389,7 +389,7 @@ class DeviceStep:
 
         Args:
             rows: "ptr", "rows", "bits", "centred", on the device, as :class:`~editserver.engine.triton.tables.Listing`'s.
-            selected: int64 ``[tokens]``: a row is read where one of its bits is set.
+            selected: int64 ``[tokens]``: without ``hits``, a row is read where one of its bits is set.
             out: fp32 ``[tokens, columns]``; with ``hits`` int64 ``[tokens]``, bits of the rows that are not 0, which are kept with
                 the KV cache if there is one.
         """
