@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.engine.engine_process import BLOCK, _answered
+from tests.engine.engine_process import BLOCK, answer_from
 from tests.engine.tiny import write_model
 from tests.engine.tiny_cases import Bench, Made
 
@@ -53,7 +53,7 @@ async def _main(root: Path) -> None:
         prompt: Any = {"prompt_token_ids": list(made.asked.prompt)}
         async for output in engine.generate(prompt, params, f"{name}-{rank}", data_parallel_rank=rank):
             last = output
-        return _answered(last)
+        return answer_from(last)
 
     cases = bench.cases()
     for rank in (0, 1):

@@ -48,12 +48,11 @@ class Start:
     """One engine and what happens to it.
 
     ``steps`` are lists of requests (one batch; the answers are their result) and names of methods of every worker (each
-    worker's reply, or what it raised, as text). ``additional`` is editserver's configuration as a dict, None for a start
-    without it.
+    worker's reply, or what it raised, as text). ``additional`` is editserver's configuration as a dict.
     """
 
     model: str
-    additional: dict[str, Any] | None
+    additional: dict[str, Any]
     steps: Sequence[Sequence[Asked] | str]
     engine: Mapping[str, Any] = field(default_factory=dict)
 
@@ -197,8 +196,7 @@ def _serve(start: Start) -> list[Any]:
         "kv_cache_memory_bytes": 1 << 26,
         "worker_extension_cls": "tests.engine.engine_process.Extension",
     }
-    additional = {} if start.additional is None else {"editserver": start.additional}
-    llm = LLM(start.model, additional_config=additional, **(defaults | dict(start.engine)))
+    llm = LLM(start.model, additional_config={"editserver": start.additional}, **(defaults | dict(start.engine)))
     adapters: dict[str, int] = {}
 
     def adapter(folder: str | None) -> Any:
@@ -231,12 +229,12 @@ def _serve(start: Start) -> list[Any]:
         ]
         lora = [adapter(one.adapter) for one in step] if any(one.adapter for one in step) else None
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
-        results.append([_answered(output) for output in outputs])
+        results.append([answer_from(output) for output in outputs])
     llm.llm_engine.engine_core.shutdown()
     return results
 
 
-def _answered(output: Any) -> Answered:
+def answer_from(output: Any) -> Answered:
     choice = output.outputs[0]
     top = [{token: entry.logprob for token, entry in step.items()} for step in choice.logprobs]
     return Answered(list(choice.token_ids), top, output.num_cached_tokens or 0, getattr(choice, "editserver", None))
