@@ -21,6 +21,8 @@ from interventions.reference import ReferenceExecutor
 from interventions.selectors import ALL
 from tests.engine.tiny import D_MODEL, N_LAYERS, Job, Result, run_all, write_model
 
+pytestmark = pytest.mark.engine
+
 PROMPT = [1, *range(40, 60)]
 FOUND = re.compile(r"(?:Directly load AOT compilation from path|due to a load failure from) (\S+?/model)\b")
 """What vLLM logs when its cache has an entry for this start. On a CPU, vLLM 0.32 finds the entry, cannot use its outer

@@ -7,6 +7,8 @@ import pytest
 from tests.engine.test_compile_cache import PROMPT, steering
 from tests.engine.tiny import Job, Result, run_all, write_model
 
+pytestmark = pytest.mark.engine
+
 EDITED = steering(1).to_bytes().hex()
 
 

@@ -10,6 +10,8 @@ from tests.engine.support import BLOCK, Answer, Ask, Engine, prompt_of
 
 Json = dict[str, Any]
 
+pytestmark = pytest.mark.engine
+
 PROMPT = prompt_of(41, 3 * BLOCK + 5)
 N_NEW = 6
 SHARED = 3 * BLOCK

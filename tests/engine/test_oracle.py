@@ -28,6 +28,8 @@ from tests.engine import oracle_cases, remap_cases, rule_cases, suppress_cases
 from tests.engine.oracle_cases import Case
 from tests.engine.support import Answer, Ask, Engine
 
+pytestmark = pytest.mark.engine
+
 CASES = [*oracle_cases.CASES, *suppress_cases.CASES, *remap_cases.CASES, *rule_cases.CASES]
 TEXTS = (
     "The capital of France is Paris, and the river that runs through Paris is called the Seine. Tourists love",

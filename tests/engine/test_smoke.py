@@ -1,4 +1,12 @@
+"""The shortest look at a real engine: one edit."""
+
+from __future__ import annotations
+
+import pytest
+
 from tests.engine.support import Ask, Engine, prompt_of
+
+pytestmark = pytest.mark.engine
 
 
 def test_an_edit_changes_the_answer_and_says_where(engine: Engine) -> None:
