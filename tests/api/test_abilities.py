@@ -149,7 +149,7 @@ def test_a_fit_that_must_fail_is_refused_before_there_is_a_job(state: EditState)
         body = FitConceptBody.model_validate(fit)
         _check_limits(state, body, state.catalogue.sae(sae), list(body.concepts), list(body.concepts.values()))
 
-    for sae, most in (("abstopk", 64), ("relu", 256)):
+    for sae, most in (("abstopk", 64), ("relu", 512)):
         check(sae, most)
         with pytest.raises(InterventionError, match=f"top: {most + 1}; this server allows {most}") as refused:
             check(sae, most + 1)

@@ -279,6 +279,7 @@ def test_what_vllm_itself_switches_off_on_a_cpu_is_off(configure: Callable[..., 
         ),
         (None, "ec_transfer_config", object(), "an encoder-cache connector (--ec-transfer-config)"),
         ("model_config", "is_encoder_decoder", True, "encoder-decoder models"),
+        ("model_config", "enable_sleep_mode", True, "sleep mode (--enable-sleep-mode; "),
         ("device_config", "device_type", "xpu", "the xpu backend"),
     ],
 )

@@ -51,6 +51,9 @@ def refusals(vllm_config: Any) -> list[str]:
         "pooling models (--runner pooling)": model.runner_type != "generate",
         "encoder-decoder models": bool(model.is_encoder_decoder),
         "prompt embeddings (--enable-prompt-embeds)": bool(getattr(model, "enable_prompt_embeds", False)),
+        "sleep mode (--enable-sleep-mode; memory that the engine believes to be there may be gone when it wakes)": bool(
+            getattr(model, "enable_sleep_mode", False)
+        ),
         "KV-sharing fast prefill (--kv-sharing-fast-prefill)": bool(getattr(cache, "kv_sharing_fast_prefill", False)),
         "float16 weights (pass --dtype bfloat16 or float32)": str(model.dtype)
         not in ("torch.bfloat16", "torch.float32"),

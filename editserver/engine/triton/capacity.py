@@ -69,12 +69,14 @@ class Capacity:
         inspected: int = 256,
         selectors: int = 64,
         selector_tokens: int = 1024,
-        channels_of_a_request: int = 256,
+        channels_of_a_request: int | None = None,
         members: int = 64,
         gates: int = 64,
         history: int = 0,
     ) -> Capacity:
         """From the runner's batch (``tokens``, ``rows``) and the request limits (``interventions.limits.Limits``).
+
+        ``channels_of_a_request`` at one layer: as many as it may have instructions, unless less is said.
 
         ``history`` is the model's longest sequence where mentions shall be found: 4 bytes per position of so many requests.
 
@@ -82,6 +84,7 @@ class Capacity:
         an average of 64 channels and ops, 4 selectors and 32 wanted ids.
         """
         residents = 2 * rows
+        own = instructions if channels_of_a_request is None else min(instructions, channels_of_a_request)
         return cls(
             tokens=tokens,
             rows=rows,
@@ -92,8 +95,8 @@ class Capacity:
             channels=instructions + 64 * residents,
             ops=instructions + 64 * residents,
             reads=2 * instructions + inspected + 64 * residents,
-            request_channels=min(instructions, channels_of_a_request),
-            request_reads=2 * min(instructions, channels_of_a_request),
+            request_channels=own,
+            request_reads=2 * own,
             listed=inspected,
             members=members,
             bank_rows=bank_rows,

@@ -203,7 +203,7 @@ FORGETFUL = Abilities(CAPACITY, ABLE.rules, remembers=False)
         (ABLE, program(ReadKind.LATENT, CUSUM), "on a GPU, cumulative sums that start again"),
         (FORGETFUL, program(ReadKind.LATENT, SHARE), "on a GPU, rules and gates over a sequence need a KV cache"),
         (Abilities(CAPACITY, None), program(rules=RULES), "on a GPU, rules are not run"),
-        (ABLE, program(n=300), "the request needs 300 channels at a layer, and a GPU's engine has room for 256"),
+        (ABLE, program(n=1030), "the request needs 1030 channels at a layer, and a GPU's engine has room for 1024"),
         (
             ABLE,
             reading(n=257),
