@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import platform
 import statistics
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +22,18 @@ import triton
 from benchmarks.gpu.editing import SEED, Editing
 from benchmarks.gpu.loop import SHAPES, TINY, Loop, Shape, make_weights
 from benchmarks.gpu.replays import Replay, in_turns
+from editserver import __version__
 from editserver.engine.triton import step as step_module
 from editserver.engine.triton.step import Stages
 
-GOALS = {("8B", "decode", 16, 8): 0.99, ("8B", "decode", 256, 8): 0.97}
+GOALS = {("8B", phase, n, 8): least for phase in ("decode", "served") for n, least in ((16, 0.99), (256, 0.97))}
 """(Shape, phase, programs, latents) → least ratio."""
 
 CLOSE = 2**-8
-"""Largest error against float64, of ‖h‖: what the last bit of bfloat16 makes of it."""
+"""Largest error against float64, of ‖h‖ + ‖Δ‖: what the last bit of bfloat16 makes of it."""
+
+QUIET = 8.0
+"""‖h‖ of the tokens that are checked, about: of the size of the edits, or they would drown in that last bit."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,32 @@ FULL = Sizes((1, 16, 256), (1, 8, 64), {1: 2048, 16: 512, 256: 32}, (16, 8, (409
 SMALL = Sizes((1, 3), (1, 2), {1: 5, 3: 3}, (2, 2, (16, 64)))
 
 
-@dataclass
+@dataclass(frozen=True)
+class Compared:
+    """Steps without and with editing, in turns.
+
+    Attributes:
+        vanilla, edited: medians, in milliseconds.
+        ratio, low, high: vanilla / edited, round by round: median, 5th and 95th percentile.
+    """
+
+    vanilla: float
+    edited: float
+    ratio: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, vanilla: Sequence[float], edited: Sequence[float]) -> Compared:
+        """From the milliseconds of as many rounds."""
+        ratios = sorted(v / e for v, e in zip(vanilla, edited, strict=True))
+        tail, middle = len(ratios) // 20, statistics.median
+        return cls(middle(vanilla), middle(edited), middle(ratios), ratios[tail], ratios[-1 - tail])
+
+
+@dataclass(frozen=True)
 class Result:
-    """One line of the table; times in milliseconds."""
+    """One line of the table."""
 
     shape: str
     phase: str
@@ -57,19 +86,22 @@ class Result:
     vanilla: float
     edited: float
     ratio: float
+    low: float
+    high: float
     us_per_layer: float
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says; ``seconds``: no new measurement is begun after that, ``each``: for one of them."""
+    """What the command line says; ``seconds``: no new measurement is begun after that, ``each``: for one of them; ``ahead``: as
+    of :class:`~editserver.engine.triton.step.Stages`."""
 
     device: torch.device
     shapes: tuple[Shape, ...]
     sizes: Sizes
     seconds: float
     each: float
-    stages: Stages
+    ahead: bool
     out: Path
 
 
@@ -85,17 +117,20 @@ class Bench:
         device = settings.device
         on_gpu = device.type == "cuda"
         self.report: dict[str, Any] = {
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
+            "device": device_of_this_machine() if on_gpu else platform.processor() or "CPU",
             "cuda": torch.version.cuda,
             "torch": torch.__version__,
             "triton": triton.__version__,
             "python": platform.python_version(),
-            "stages": asdict(settings.stages),
+            "editserver": f"{__version__}, kernels {digest_of_kernels()}",
+            "ahead": settings.ahead,
             "lanes": step_module.MOST_LANES,
             "decode": {k: str(v) for k, v in step_module.DECODE.items()},
             "prompt": {k: str(v) for k, v in step_module.PROMPT.items()},
             "checks": {},
             "results": [],
+            "served": [],
+            "served without": None,
             "memory": {},
             "widths": [],
             "wrong": [],
@@ -110,7 +145,9 @@ class Bench:
     def run(self) -> bool:
         """Measure and print everything; whether all that must hold does."""
         torch.manual_seed(SEED)
-        print(f"{self.report['device']}; torch {self.report['torch']}, triton {self.report['triton']}")
+        self.save()  # where that is not possible, it is said before anything is measured
+        for line in self.made_with():
+            print(line)
         print(in_columns(Result.__annotations__), flush=True)
         for shape in self.settings.shapes:
             with torch.no_grad():
@@ -145,20 +182,38 @@ class Bench:
         weights = make_weights(shape, device)
         most = max(n * each for n, each in sizes.prompts.items())
         x = torch.randn(most, shape.d, device=device, dtype=torch.bfloat16)
-        editing = Editing(shape, most, max(sizes.programs), max(sizes.latents), device, self.settings.stages)
+        stages = Stages(False, False, False, self.settings.ahead)
+        editing = Editing(shape, most, max(sizes.programs), max(sizes.latents), device, stages)
         self.report["memory"][shape.name] = {"bytes": editing.step.n_bytes}
-        for phase in ("decode", "prompt"):
-            for programs in sizes.programs:
-                each = 1 if phase == "decode" else sizes.prompts[programs]
-                name = f"{shape.name} {phase} {programs}"
-                if self.late:
-                    self.report["skipped"].append([name])
-                else:
-                    loop = Loop(shape, programs * each, weights, x)
-                    self._attempt(name, partial(self._batch, name, phase, editing, loop, each))
+        for phase in ("decode", "served", "prompt"):
+            self._attempt(f"{shape.name} {phase}", partial(self._phase, phase, shape, editing, weights, x))
         if shape.name in ("8B", TINY.name):
             loop = Loop(shape, sizes.widths[0], weights, x)
             self._attempt(f"{shape.name} widths", partial(self._widths, editing, loop))
+
+    def _phase(
+        self, phase: str, shape: Shape, editing: Editing, weights: Sequence[tuple[torch.Tensor, ...]], x: torch.Tensor
+    ) -> None:
+        used = self._served(shape) if phase == "served" and not self.late else editing
+        for programs in self.settings.sizes.programs:
+            each = self.settings.sizes.prompts[programs] if phase == "prompt" else 1
+            name = f"{shape.name} {phase} {programs}"
+            if self.late:
+                self.report["skipped"].append([name])
+            else:
+                loop = Loop(shape, programs * each, weights, x)
+                self._attempt(name, partial(self._batch, name, phase, used, loop, each))
+
+    def _served(self, shape: Shape) -> Editing:
+        """With every launch of a server that encodes no whole dictionary; without those of rules where msgspec is missing."""
+        sizes = self.settings.sizes
+        most, stages = max(sizes.programs), Stages(ahead=self.settings.ahead)
+        made = partial(Editing, shape, most, most, max(sizes.latents), self.settings.device, stages)
+        try:
+            return made(rules=True)
+        except ImportError as error:
+            self.report["served without"] = f"the three launches of rules: {error}"
+            return made()
 
     def _graphs(self, editing: Editing, loop: Loop, decode: bool) -> tuple[Replay, Replay]:
         """Without and with the armed layers; captured while nothing is planned."""
@@ -168,8 +223,8 @@ class Bench:
         return Replay(loop.run, device), Replay(armed, device)
 
     def _batch(self, name: str, phase: str, editing: Editing, loop: Loop, each: int) -> None:
-        decode, programs = phase == "decode", len(loop.x) // each
-        vanilla, armed = self._graphs(editing, loop, decode)
+        programs = len(loop.x) // each
+        vanilla, armed = self._graphs(editing, loop, phase != "prompt")
         latents = self.settings.sizes.latents
         found = self.report["checks"][name] = check(editing, loop, vanilla, armed, each, latents[1])
         for what, holds in found.items():
@@ -180,11 +235,12 @@ class Bench:
                 self.report["skipped"].append([name, latent_count])
                 continue
             editing.give(programs if latent_count else 0, latent_count, each)
-            without, with_ = in_turns((vanilla, armed), self.settings.each)
-            per_layer = (with_ - without) * 1e3 / len(editing.armed)
+            spent = Compared.of(*in_turns((vanilla, armed), self.settings.each))
+            per_layer = (spent.edited - spent.vanilla) * 1e3 / len(editing.armed)
             line = (editing.shape.name, phase, programs if latent_count else 0, latent_count, len(loop.x))
-            self.report["results"].append(asdict(Result(*line, without, with_, without / with_, per_layer)))
-            print(in_columns(self.report["results"][-1].values()), flush=True)
+            result = asdict(Result(*line, **asdict(spent), us_per_layer=per_layer))
+            self.report["served" if phase == "served" else "results"].append(result)
+            print(in_columns(result.values()), flush=True)
 
     def _widths(self, editing: Editing, loop: Loop) -> None:
         """Programs out of dictionaries of several widths: the step, and bringing one request's rows."""
@@ -208,8 +264,7 @@ class Bench:
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     admissions.append((time.perf_counter() - began) * 1e3)
-            without, with_ = in_turns((vanilla, armed), self.settings.each)
-            line = {"latents wide": n_features, "vanilla ms": without, "edited ms": with_, "ratio": without / with_}
+            line = {"latents wide": n_features} | asdict(Compared.of(*in_turns((vanilla, armed), self.settings.each)))
             line |= {"rows of one request and layer ms": statistics.median(admissions)}
             self.report["widths"].append(line)
 
@@ -217,21 +272,48 @@ class Bench:
         """What is said at the end."""
         report = self.report
         lines = [
-            f"{line['latents wide']:>7} latents wide: step {line['vanilla ms']:.3f} → {line['edited ms']:.3f} ms, ratio "
-            f"{line['ratio']:.4f}; rows of one request and layer in {line['rows of one request and layer ms']:.3f} ms"
+            f"{line['latents wide']:>7} latents wide: step {line['vanilla']:.3f} → {line['edited']:.3f} ms, "
+            f"{with_spread(line)}; rows of one request and layer in {line['rows of one request and layer ms']:.3f} ms"
             for line in report["widths"]
         ]
-        for line in report["results"]:
+        for line in (*report["results"], *report["served"]):
             goal = GOALS.get((line["shape"], line["phase"], line["programs"], line["latents"]))
             if goal is not None:
                 met = "met" if line["ratio"] >= goal else "MISSED"
                 batch = f"{line['shape']} {line['phase']}, {line['programs']} programs of {line['latents']} latents"
-                lines.append(f"goal {met}: {batch}: ratio {line['ratio']:.4f}, at least {goal}")
+                lines.append(f"goal {met}: {batch}: {with_spread(line)}, at least {goal}")
+        if report["served without"]:
+            lines.append(f"served, without {report['served without']}")
         lines += [f"skipped for lack of time: {' '.join(map(str, what))}" for what in report["skipped"]]
         lines += [f"WRONG: {name}" for name, _ in report["wrong"]]
-        versions = f"torch {report['torch']} (CUDA {report['cuda']}), triton {report['triton']}"
-        lines.append(f"{report['device']}; {versions}; {report['seconds']:.0f} s; {self.settings.out}")
-        return lines
+        return [*lines, *self.made_with(), f"{report['seconds']:.0f} s; {self.settings.out}"]
+
+    def made_with(self) -> list[str]:
+        """Device and versions."""
+        report = self.report
+        versions = (
+            f"torch {report['torch']} (CUDA {report['cuda']}), triton {report['triton']}, Python {report['python']}"
+        )
+        return [f"{report['device']}; {versions}; editserver {report['editserver']}"]
+
+
+def with_spread(line: Mapping[str, Any]) -> str:
+    """The ratio of a line."""
+    return f"ratio {line['ratio']:.4f} ({line['low']:.4f} to {line['high']:.4f})"
+
+
+def device_of_this_machine() -> str:
+    """Its name, memory and multiprocessors."""
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {facts.multi_processor_count} multiprocessors"
+
+
+def digest_of_kernels() -> str:
+    """Of the code that is measured."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(step_module.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def check(
@@ -245,11 +327,15 @@ def check(
     hidden, residual = loop.hidden.clone(), loop.residual.clone()
     vanilla()
     found: dict[str, bool | float | int] = {"vanilla repeats its bits": bool(torch.equal(loop.residual, residual))}
+    plain = residual
     armed()
-    idle = torch.equal(loop.residual, residual) and torch.equal(loop.hidden, hidden)
+    idle = torch.equal(loop.residual, plain) and torch.equal(loop.hidden, hidden)
     found["idle is vanilla, bit for bit"] = bool(idle)
     editing.give(programs, latents, each)
     layer = editing.armed[0]
+    norm = float((hidden.float() + residual.float()).norm(dim=1).mean())
+    quieter = 2.0 ** round(math.log2(QUIET / norm))
+    hidden, residual = hidden * quieter, residual * quieter
     ours = [(hidden.clone(), residual.clone()) for _ in range(2)]
     for variant, streams in zip((True, False), ours, strict=True):
         editing.step.edit(layer, *streams, variant)
@@ -258,8 +344,10 @@ def check(
     some = h[: min(64, len(h))]
     want = editing.expected(layer, some, each)
     got = ours[0][0][: len(some)].float() + ours[0][1][: len(some)].float()
-    error = (got.double() - (some.double() + want)).norm(dim=1) / (some.double().norm(dim=1) + want.norm(dim=1))
-    found["largest error against float64, of ‖h‖"] = float(error.max())
+    lengths, deltas = some.double().norm(dim=1), want.norm(dim=1)
+    error = (got.double() - (some.double() + want)).norm(dim=1) / (lengths + deltas)
+    found["least ‖Δ‖ / ‖h‖"] = float((deltas / lengths).min())
+    found["largest error against float64, of ‖h‖ + ‖Δ‖"] = float(error.max())
     found["it is as small as bfloat16 allows"] = bool((error <= CLOSE).all())
     found["tokens edited"] = int((editing.step.dose[0, : len(some)] > 0).sum())
     found["every token is edited"] = found["tokens edited"] == len(some)
@@ -267,13 +355,18 @@ def check(
     once = loop.residual.clone()
     armed()
     found["a replay repeats its bits"] = bool(torch.equal(once, loop.residual))
-    found["edited differs from vanilla"] = bool(not torch.equal(once, residual))
+    found["edited differs from vanilla"] = bool(not torch.equal(once, plain))
     return found
 
 
 def in_columns(values: Iterable[Any]) -> str:
-    """A row of the table: a column is ten wide."""
-    return "".join(f"{v:10.3f}" if isinstance(v, float) else f"{str(v)[:9]:>10}" for v in values)
+    """A row of the table; ratios have a digit more."""
+    row = []
+    for name, value in zip(Result.__annotations__, values, strict=True):
+        digits = 4 if name in ("ratio", "low", "high") else 3
+        shown = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        row.append(f"{shown:>{max(9, len(name)) + 1}}")
+    return "".join(row)
 
 
 def of(names: list[str] | None, tiny: bool) -> tuple[Shape, ...]:

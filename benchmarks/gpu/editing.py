@@ -9,10 +9,13 @@ import torch
 
 from benchmarks.gpu.loop import Shape
 from editserver.engine.triton import codes
-from editserver.engine.triton.capacity import Capacity
-from editserver.engine.triton.step import DeviceStep, Stages
+from editserver.engine.triton.capacity import Capacity, RuleCapacity
+from editserver.engine.triton.step import Cache, DeviceStep, Stages
 
 SEED = 0
+
+BLOCK = 16
+"""Tokens of a block of the KV cache: one per request, where stages look back."""
 
 
 @dataclass
@@ -54,8 +57,20 @@ class Editing:
     """An armed engine, and the programs that it was last given."""
 
     def __init__(
-        self, shape: Shape, most_tokens: int, most_rows: int, latents: int, device: torch.device, stages: Stages
+        self,
+        shape: Shape,
+        most_tokens: int,
+        most_rows: int,
+        latents: int,
+        device: torch.device,
+        stages: Stages,
+        rules: bool = False,
     ) -> None:
+        """With ``stages.gates`` a KV cache is attached, where each request's first token has a block: for decode alone.
+
+        Raises:
+            ImportError: ``rules``, and what they need besides PyTorch and Triton is not installed.
+        """
         self.shape, self.device = shape, device
         self.armed = tuple(sorted({shape.layers * k // 4 for k in (1, 2, 3)}))
         rows = min(8192, len(self.armed) * latents * most_rows)
@@ -66,7 +81,12 @@ class Editing:
             instructions=64 * most_rows,
             channels_of_a_request=latents,
         )
-        self.step = DeviceStep(self.capacity, self.armed, shape.d, device, stages)
+        kept = RuleCapacity(requests=self.capacity.residents) if rules else None
+        self.step = DeviceStep(self.capacity, self.armed, shape.d, device, stages, rules=kept)
+        if stages.gates:
+            blocks = torch.arange(most_tokens, dtype=torch.int32, device=device)[:, None]
+            slots = torch.arange(most_tokens, device=device) * BLOCK
+            self.step.attach(Cache(blocks, slots, BLOCK, most_tokens * BLOCK))
         generator = torch.Generator(device).manual_seed(SEED)
         bank = self.step.bank
         for rows_of in (bank.read, bank.write):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-AT_ONCE, SLOW_MS = 4, 10.0
-"""Replays that are timed together; one alone where it takes that long."""
+WINDOW_MS, MOST_AT_ONCE = 12.0, 16
+"""Replays that are timed together: as many as take that long, so that starting the first of them counts for little."""
 
 FEWEST, ENOUGH, PATIENCE = 5, 15, 6
 """Rounds of a measurement: FEWEST at least; ENOUGH where PATIENCE times the seconds that it was given do for that."""
@@ -52,10 +51,11 @@ class Replay:
         return float(first.elapsed_time(last)) / at_once
 
 
-def in_turns(replays: Sequence[Replay], seconds: float) -> list[float]:
-    """Median milliseconds of each, taken in turns, so that a drift of the clock meets all alike; 0 seconds: one round."""
+def in_turns(replays: Sequence[Replay], seconds: float) -> list[list[float]]:
+    """Milliseconds of each, round by round, taken in turns, so that a drift of the clock meets all alike; 0 seconds: one round."""
     times: list[list[float]] = [[] for _ in replays]
-    at_once = AT_ONCE if seconds and max(replay.ms() for replay in replays) < SLOW_MS else 1
+    slowest = max(replay.ms() for replay in replays)
+    at_once = max(1, min(MOST_AT_ONCE, int(WINDOW_MS / slowest))) if seconds else 1
     began = time.perf_counter()
     while True:
         for replay, mine in zip(replays, times, strict=True):
@@ -63,4 +63,4 @@ def in_turns(replays: Sequence[Replay], seconds: float) -> list[float]:
         rounds, passed = len(times[0]), time.perf_counter() - began
         enough = passed > (PATIENCE * seconds if rounds < ENOUGH else seconds)
         if not seconds or (rounds >= FEWEST and enough):
-            return [statistics.median(mine) for mine in times]
+            return times
