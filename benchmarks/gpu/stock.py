@@ -20,6 +20,14 @@ from typing import Any
 
 PLUGINS = "vllm.general_plugins"
 
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as `vllm serve` does
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # nothing is drawn; asked for on CUDA, it must be installed, and is compiled at start
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Of both engines, where nothing else is set."""
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -52,7 +60,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Start:
-    """What the engine is. ``seconds`` it took to start, ``kv_tokens`` that its cache holds."""
+    """What the engine is. ``seconds`` it took to start, ``kv_tokens`` that its cache holds, ``chosen``: what vLLM decided."""
 
     device: str
     vllm: str
@@ -60,10 +68,11 @@ class Start:
     seconds: float
     kv_tokens: int
     runner: str
+    chosen: dict[str, str]
 
 
 class Broken(RuntimeError):
-    """The engine's process failed; the message ends with its own."""
+    """The engine did not start, or refused a run, or is gone; the message ends with its own."""
 
 
 def announce(folder: Path) -> None:
@@ -96,7 +105,13 @@ async def _engine(armed: bool, engine_args: dict[str, Any]) -> tuple[Any, Start]
                 raise RuntimeError(str(answer))
     on_gpu = config.device_config.device_type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"{config.device_config.device_type}, {os.cpu_count()} cores"
-    cache = config.cache_config
+    cache, scheduler = config.cache_config, config.scheduler_config
+    chosen = {
+        "tokens of a batch": scheduler.max_num_batched_tokens,
+        "scheduled ahead": scheduler.async_scheduling,
+        "compiled": config.compilation_config.mode,
+        "graphs": config.compilation_config.cudagraph_mode,
+    }
     return engine, Start(
         device,
         vllm.__version__,
@@ -104,6 +119,7 @@ async def _engine(armed: bool, engine_args: dict[str, Any]) -> tuple[Any, Start]
         time.perf_counter() - began,
         int(cache.num_gpu_blocks or 0) * int(cache.block_size),
         "V2" if config.use_v2_model_runner else "V1",
+        {name: str(getattr(value, "name", value)) for name, value in chosen.items()},
     )
 
 
@@ -112,7 +128,7 @@ async def _run(engine: Any, asks: Sequence[Ask], warm: bool, serial: int) -> See
     from vllm.sampling_params import RequestOutputKind
 
     if not warm:
-        await engine.reset_prefix_cache()
+        await _forget(engine)
     journals: list[Any] = []
     cached = 0
 
@@ -139,10 +155,25 @@ async def _run(engine: Any, asks: Sequence[Ask], warm: bool, serial: int) -> See
         return first - sent, (last - first) / max(1, n - 1)
 
     began = time.perf_counter()
-    times = await asyncio.gather(*(one(number, ask) for number, ask in enumerate(asks)))
+    # All of them end, whatever becomes of one: none may be left for the next run.
+    outcomes = await asyncio.gather(*(one(number, ask) for number, ask in enumerate(asks)), return_exceptions=True)
     seconds = time.perf_counter() - began
+    times: list[tuple[float, float]] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        times.append(outcome)
     edited, read = _told([(journal, ask) for journal, ask in journals if journal is not None])
     return Seen(seconds, [t for t, _ in times], [t for _, t in times], cached, edited, read)
+
+
+async def _forget(engine: Any) -> None:
+    """Empty the prefix cache, which vLLM does once no request holds a block any more."""
+    for _ in range(100):
+        if await engine.reset_prefix_cache():
+            return
+        await asyncio.sleep(0.02)
+    raise RuntimeError("vLLM does not empty its prefix cache: blocks are held, and nobody runs")
 
 
 def _told(journals: Sequence[tuple[Any, Ask]]) -> tuple[int, int]:
@@ -165,8 +196,8 @@ def _serve(pipe: Any, armed: bool, engine_args: dict[str, Any]) -> None:
     if below_server():  # edited with this runner alone, and compared with the same one
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ["VLLM_PLUGINS"] = "editserver" if armed else ""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
     async def main() -> None:
         engine, start = await _engine(armed, engine_args)
@@ -174,7 +205,11 @@ def _serve(pipe: Any, armed: bool, engine_args: dict[str, Any]) -> None:
         serial = 0
         while (job := await asyncio.to_thread(pipe.recv)) is not None:
             serial += 1
-            pipe.send(await _run(engine, *job, serial))
+            try:
+                answer: Any = await _run(engine, *job, serial)
+            except Exception:  # of this run: the engine may do the next one
+                answer = traceback.format_exc()
+            pipe.send(answer)
         engine.shutdown()
         del engine  # while there is still something that its finaliser can call
 
@@ -194,22 +229,29 @@ class Engine:
         self._process = context.Process(target=_serve, args=(child, armed, engine_args))
         self._process.start()
         child.close()
-        self.start: Start = self._answer()
+        try:
+            self.start: Start = self._answer()
+        except Broken:
+            self.close()
+            raise
 
     def run(self, asks: Sequence[Ask], *, warm: bool = False) -> Seen:
         """Send all requests at once; from an empty prefix cache unless ``warm``.
 
         Raises:
-            Broken: the engine failed.
+            Broken: a request was refused or failed, or the engine is gone.
         """
-        self._pipe.send((list(asks), warm))
+        try:
+            self._pipe.send((list(asks), warm))
+        except OSError as error:
+            raise Broken(f"the engine's process has ended: {error}") from None
         seen: Seen = self._answer()
         return seen
 
     def _answer(self) -> Any:
         try:
             answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise Broken("the engine's process ended without a word") from None
         if isinstance(answer, str):
             raise Broken(answer)
