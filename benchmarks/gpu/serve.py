@@ -389,6 +389,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of both engines, as JSON")
     parser.add_argument("--out", type=Path, default=Path("serve.json"), help="the report (default serve.json)")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
     if args.tiny:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         args.share, args.rounds = 0.2, min(args.rounds, 2)
