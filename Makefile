@@ -17,6 +17,9 @@ ORACLE_READY := $(ORACLE)/.ready
 # Cheap promises first, real engines last: what fails, fails early. Every folder of tests/ that is not named runs in the middle.
 TESTS_LAST := $(wildcard tests/api tests/cli tests/engine)
 TESTS := $(filter-out $(TESTS_LAST) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py) $(TESTS_LAST)
+# An engine takes gigabytes, so not one process a core; each has its share of the cores.
+PROCESSES ?= 2
+THREADS = $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + $(PROCESSES) - 1) / $(PROCESSES) )))
 PYTEST_ARGS ?=
 ARGS ?=
 
@@ -26,7 +29,7 @@ help:
 	@echo 'make setup   build .venv from the pinned CPU locks (a few minutes, once)'
 	@echo 'make demo    serve a small chat model on CPU and show one answer plain and one edited'
 	@echo 'make test    lint, types, import direction and every test, the real engine included'
-	@echo 'make bench   what editing costs, against vLLM without the plugin; about half an hour (ARGS=--quick; ARGS=--help)'
+	@echo 'make bench   what editing costs, against vLLM without the plugin; about an hour (ARGS=--quick; ARGS=--help)'
 	@echo 'make bench-peers  an environment for vllm-lens, which make bench then compares with as well'
 	@echo 'make reproduce-app  what taking a concept away costs, by four methods (ARGS=--quick: 3 minutes)'
 	@echo 'make reproduce-unlearning  what is left of an entity under maps, clamps behind gates and a prompt (ARGS=--quick)'
@@ -58,7 +61,7 @@ demo: setup
 
 test: setup
 	@$(MAKE) --no-print-directory -j2 -O lint setup-oracle
-	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(PROCESSES) --no-loadscope-reorder $(TESTS) $(PYTEST_ARGS)
 
 # A quick run shows that everything works; its figures are not for a page.
 bench: setup

@@ -28,7 +28,7 @@ D_MODEL = 576
 N_FEATURES = 128
 RELU, TOPK = "probe/l15", "probe/topk-l20"
 ARMED = [10, 15, 20]
-START_S = 300
+START_S = 600
 
 
 @dataclass(frozen=True)
