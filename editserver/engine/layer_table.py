@@ -201,6 +201,7 @@ class LayerTable:
         self._op_ints = Stack(np.int32, len(OP_COLUMNS))
         self._op_values = Stack(np.float32, len(OP_VALUES))
         self._op_masks = Stack(np.uint64, len(OP_MASKS))
+        self._finished_empty = False
         self.finish()
 
     def push(self, part: LayerPart | None) -> None:
@@ -221,6 +222,10 @@ class LayerTable:
     def keep(self, which: Array) -> None:
         """The residents of whom ``which`` (bool) is not true are gone."""
         self._parts = [part for part, stays in zip(self._parts, which.tolist(), strict=True) if stays]
+        self._sizes.keep(which)
+        if not self:
+            self._programs.keep(which)
+            return
         channels = self._programs.rows_of(which)
         ops = self._channel_ops.rows_of(channels)
         for stack in (self._op_ints, self._op_values, self._op_masks):
@@ -228,11 +233,14 @@ class LayerTable:
         self._channel_ops.keep(channels)
         self._channels.keep(channels)
         self._programs.keep(which)
-        self._sizes.keep(which)
 
     def finish(self) -> None:
         """After changes: the attributes are those of the residents that are there now."""
-        self.programs, self.channel_ops = self._programs.rows, self._channel_ops.rows
+        self.programs = self._programs.rows
+        if not self and self._finished_empty:
+            return
+        self._finished_empty = not self
+        self.channel_ops = self._channel_ops.rows
         self.channels = self._channels.rows
         self.op_ints, self.op_values, self.op_masks = (
             stack.rows for stack in (self._op_ints, self._op_values, self._op_masks)

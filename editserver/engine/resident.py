@@ -197,8 +197,9 @@ class ResidentSet:
         self.layers = {layer: table or None for layer, table in self._tables.items()}
         self.selectors.finish()
         self.dose, self.refuses = self._dose.rows, self._refuses.rows
-        residents = list(self.requests.values()) if self._ruled else []
-        self.rules = ResidentRules.build(residents, self.armed, self.dictionaries)
+        if self._ruled or len(self.rules.prompt_len):
+            residents = list(self.requests.values()) if self._ruled else []
+            self.rules = ResidentRules.build(residents, self.armed, self.dictionaries)
         self.reads = {layer: [] for layer in self.armed}
         readers = [(self.index[name], self._parts[name]) for name in self.requests if name in self._readers]
         for i, parts in readers:

@@ -114,12 +114,14 @@ class RowBank:
 
     def upload(self, keys: Sequence[str], slots: Sequence[int], vectors: Mapping[str, bytes]) -> int:
         """Make ``slots[i]`` hold the row ``keys[i]``; rows that are already there stay. Returns how many were written."""
-        missing = [(k, s) for k, s in zip(keys, slots, strict=True) if self._content[s] != k]
-        for _, slot in missing:
-            self._content[slot] = None  # nobody's until all is written: a row may turn out to be unreadable
-        read, write, gate = self._arrays
+        content, (read, write, gate) = self._content, self._arrays
+        missing: list[tuple[str, int]] = []
         features: dict[str, list[int]] = defaultdict(list)
-        for key, slot in missing:
+        for key, slot in zip(keys, slots, strict=True):
+            if content[slot] == key:
+                continue
+            missing.append((key, slot))
+            content[slot] = None  # nobody's until all is written: a row may turn out to be unreadable
             if key.startswith("f:"):
                 digest, index = parse_feature_key(key)
                 features[digest] += index, slot
@@ -136,7 +138,7 @@ class RowBank:
         for digest, pairs in features.items():
             self._take(digest, np.array(pairs).reshape(-1, 2))
         for key, slot in missing:
-            self._content[slot] = key
+            content[slot] = key
         return len(missing)
 
     def _take(self, digest: str, pairs: npt.NDArray[np.int64]) -> None:
