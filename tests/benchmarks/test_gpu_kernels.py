@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.edit_cost import Compared, Result, in_columns, with_spread
-
 ROOT = Path(__file__).resolve().parents[2]
 OFF_BY_A_TENTH = """
 import os, sys
@@ -48,7 +46,12 @@ def test_an_edit_that_is_off_by_a_tenth_is_wrong_however_long_the_stream_is(tmp_
     assert {(line["phase"], line["latents"]) for line in report["served"]} == {("served", n) for n in (0, 1, 2)}
 
 
+# Kernels are imported when a test runs: tests/engine/triton/conftest.py has then said whether they are interpreted.
+
+
 def test_a_ratio_is_of_paired_rounds_and_has_its_spread() -> None:
+    from benchmarks.gpu.edit_cost import Compared, with_spread
+
     vanilla, edited = [1.0] * 38 + [9.0, 1.0], [1.0] * 19 + [1.25] * 19 + [9.0, 10.0]
     found = Compared.of(vanilla, edited)
     assert (found.ratio, found.low, found.high) == (0.9, 0.8, 1.0)
@@ -57,6 +60,8 @@ def test_a_ratio_is_of_paired_rounds_and_has_its_spread() -> None:
 
 
 def test_columns_stand_below_their_names() -> None:
+    from benchmarks.gpu.edit_cost import Result, in_columns
+
     names = in_columns(Result.__annotations__)
     row = in_columns(("8B", "decode", 256, 8, 256, 4.0, 4.1, 0.97561, 0.97, 0.98, 33.333))
     assert len(row) == len(names)
