@@ -203,7 +203,7 @@ def _rule_rows(program: RuleProgram) -> int:
 def needs(payload: Payload) -> dict[Place, int]:
     """Entries that one request takes of the tables that all residents share, at most."""
     program = payload.program
-    selectors = (*(program.selectors if program else ()), *(read.selector for read in payload.reads))
+    selectors = payload.selectors
     mentions = [sequence for selector in selectors for sequence in selector.ends]
     found: Counter[Place] = Counter(
         {

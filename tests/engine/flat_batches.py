@@ -30,10 +30,7 @@ class Part:
     @property
     def selectors(self) -> tuple[Selector, ...]:
         """Of the program, then of the inspections."""
-        if self.payload is None:
-            return ()
-        program = self.payload.program
-        return (program.selectors if program else ()) + tuple(read.selector for read in self.payload.reads)
+        return () if self.payload is None else self.payload.selectors
 
 
 def bounds_of(parts: Sequence[Part]) -> list[slice]:

@@ -223,10 +223,7 @@ class Row:
 
     @property
     def selectors(self) -> tuple[Selector, ...]:
-        if self.payload is None:
-            return ()
-        program = self.payload.program
-        return (program.selectors if program else ()) + tuple(read.selector for read in self.payload.reads)
+        return () if self.payload is None else self.payload.selectors
 
 
 @dataclass(frozen=True)
