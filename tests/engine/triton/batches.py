@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from interventions.program import (
 from interventions.selectors import ALL, END, GENERATED, LAST_PROMPT_TOKEN, PROMPT, Bound, Range, Selector
 from sae_weights import SAE, load_sae
 from tests.engine.dictionaries import N_FEATURES, write_native, write_sae
+from tests.engine.flat_batches import Part, bounds_of, random_stream, stream_of
 
 LAYER = 3
 NORMS = ("constant_norm_rescale", "layer_norm")
@@ -209,28 +209,10 @@ def steering(read: ReadKind, op: Op, d: int = 40, **policy: float) -> Program:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one request has in a batch: the tokens at ``start … start + len(ids)``; no payload for a plain one."""
-
-    payload: Payload | None
-    start: int
-    prompt_len: int
-    ids: torch.Tensor
-
-    @property
-    def positions(self) -> torch.Tensor:
-        return torch.arange(self.start, self.start + len(self.ids))
-
-    @property
-    def selectors(self) -> tuple[Selector, ...]:
-        return () if self.payload is None else self.payload.selectors
-
-
-@dataclass(frozen=True)
 class Batch:
     """A flat batch, ``padding`` tokens behind it; ``residual`` None where ``hidden [tokens, d]`` is the whole stream."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Part, ...]
     hidden: torch.Tensor
     residual: torch.Tensor | None
     padding: int = 0
@@ -241,15 +223,12 @@ class Batch:
 
     @property
     def bounds(self) -> list[slice]:
-        edges = np.cumsum([0] + [len(row.ids) for row in self.rows]).tolist()
-        return [slice(a, b) for a, b in itertools.pairwise(edges)]
+        return bounds_of(self.rows)
 
     @property
     def stream(self) -> torch.Tensor:
         """The residual stream in the model's dtype."""
-        if self.residual is None:
-            return self.hidden.clone()
-        return (self.hidden.float() + self.residual.float()).to(self.hidden.dtype)
+        return stream_of(self.hidden, self.residual)
 
     def copy(self) -> Batch:
         residual = None if self.residual is None else self.residual.clone()
@@ -269,17 +248,6 @@ def random_payload(random: np.random.Generator, d: int) -> Payload:
     return Payload(program if random.integers(4) else None, tuple(reads), program.digest())
 
 
-def random_stream(
-    random: np.random.Generator, n: int, d: int, dtype: torch.dtype, split: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    scale = np.exp(random.normal(size=(n, 1)) * 0.5) * 60 / math.sqrt(d)
-    stream = torch.from_numpy(random.normal(size=(n, d)) * scale).float()
-    if not split:
-        return stream.to(dtype), None
-    residual = (stream * 0.8).to(dtype)
-    return (stream - residual.float()).to(dtype), residual
-
-
 def random_batch(
     random: np.random.Generator,
     d: int,
@@ -296,7 +264,7 @@ def random_batch(
         prompt_len = int(random.integers(1, 12))
         n = 1 if decode else int(random.choice([1, random.integers(1, 6)]))
         payload = None if random.random() < plain else random_payload(random, d)
-        rows.append(Row(payload, int(random.integers(0, 12)), prompt_len, torch.from_numpy(random.integers(0, 6, n))))
+        rows.append(Part(payload, int(random.integers(0, 12)), prompt_len, torch.from_numpy(random.integers(0, 6, n))))
     padding = int(random.integers(0, 3))
     tokens = sum(len(row.ids) for row in rows) + padding
     return Batch(tuple(rows), *random_stream(random, tokens, d, dtype, split), padding)
@@ -395,7 +363,7 @@ class Device:
 # -- the oracle -----------------------------------------------------------------------------------------------------
 
 
-def opened(row: Row, h: torch.Tensor) -> torch.Tensor:
+def opened(row: Part, h: torch.Tensor) -> torch.Tensor:
     assert row.payload is not None
     program = row.payload.program
     assert program is not None
@@ -404,7 +372,7 @@ def opened(row: Row, h: torch.Tensor) -> torch.Tensor:
     return listen(h, program.layers[0], source, None, row.prompt_len)[0]
 
 
-def expected(row: Row, h: torch.Tensor) -> LayerResult:
+def expected(row: Part, h: torch.Tensor) -> LayerResult:
     """The oracle's word on one request's tokens, h ``[n, d]`` fp32."""
     assert row.payload is not None
     program = row.payload.program
@@ -422,7 +390,7 @@ def expected(row: Row, h: torch.Tensor) -> LayerResult:
     )
 
 
-def sure(row: Row, h: torch.Tensor) -> torch.Tensor:
+def sure(row: Part, h: torch.Tensor) -> torch.Tensor:
     """bool ``[n]``: tokens at which a change of h in its last bits changes the oracle's word in its last bits only."""
     want, size = expected(row, h), h.norm(dim=-1)
     steady = torch.ones(len(h), dtype=torch.bool)

@@ -37,7 +37,8 @@ from interventions.selectors import ALL, PROMPT, Selector
 from sae_weights import SAE, load_sae
 from sae_weights.formats import save_native
 from tests.engine.dictionaries import random_sae, write_native, write_sae
-from tests.engine.triton.batches import CAPACITY, LAYER, ON, SLOTS, TOKENS, random_stream
+from tests.engine.flat_batches import random_stream
+from tests.engine.triton.batches import CAPACITY, LAYER, ON, SLOTS, TOKENS
 
 D = 40
 NATIVE = ("abstopk", "plain_topk", "gradient", "vsae", "polysae", "matching_pursuit")

@@ -15,16 +15,15 @@ from editserver.engine.triton.step import Stages
 from interventions.program import Channel, LayerProgram, Op, OpKind, Payload, Program, ReadKind, feature_key, vector_key
 from interventions.selectors import ALL, slice_selector
 from sae_weights import SAE
+from tests.engine.flat_batches import Part, random_stream
 from tests.engine.triton.batches import (
     LAYER,
     Batch,
     Device,
-    Row,
     dictionaries,
     expected,
     random_batch,
     random_op,
-    random_stream,
     steering,
     sure,
 )
@@ -152,8 +151,8 @@ def test_what_is_not_edited_keeps_every_bit(seed: int, dtype: torch.dtype, split
         assert not done.hidden[edited].any()
 
 
-def one_row(program: Program, n: int) -> Row:
-    return Row(Payload(program, (), program.digest()), 3, 5, torch.arange(n))
+def one_row(program: Program, n: int) -> Part:
+    return Part(Payload(program, (), program.digest()), 3, 5, torch.arange(n))
 
 
 def with_ops(program: Program, ops: tuple[Op, ...]) -> Program:
@@ -163,7 +162,7 @@ def with_ops(program: Program, ops: tuple[Op, ...]) -> Program:
     return msgspec.structs.replace(program, layers=(msgspec.structs.replace(layer, channels=(channel,)),))
 
 
-def stream_batch(rows: tuple[Row, ...], seed: int, dtype: torch.dtype = torch.float32) -> Batch:
+def stream_batch(rows: tuple[Part, ...], seed: int, dtype: torch.dtype = torch.float32) -> Batch:
     n = sum(len(row.ids) for row in rows)
     return Batch(rows, *random_stream(np.random.default_rng(seed), n, D, dtype, True))
 
@@ -312,7 +311,7 @@ def test_after_a_clear_nothing_happens(device: Device) -> None:
 
 
 def test_a_batch_without_programs_is_left_alone(device: Device) -> None:
-    batch = stream_batch((Row(None, 0, 3, torch.arange(3)), Row(None, 5, 3, torch.arange(1))), 5)
+    batch = stream_batch((Part(None, 0, 3, torch.arange(3)), Part(None, 5, 3, torch.arange(1))), 5)
     done = device.run(batch, np.random.default_rng(0))
     assert torch.equal(done.hidden, batch.hidden)
     assert torch.equal(done.residual, batch.residual)

@@ -18,19 +18,8 @@ from interventions.oracle import listen, row_source
 from interventions.program import Channel, Gate, GateKind, LayerProgram, Op, Payload, Program, ReadKind, feature_key
 from interventions.selectors import ALL
 from tests.engine.dictionaries import N_FEATURES
-from tests.engine.triton.batches import (
-    LAYER,
-    ON,
-    ROWS,
-    TOKENS,
-    Batch,
-    Device,
-    Row,
-    by_digest,
-    dictionaries,
-    f32,
-    random_stream,
-)
+from tests.engine.flat_batches import Part, random_stream
+from tests.engine.triton.batches import LAYER, ON, ROWS, TOKENS, Batch, Device, by_digest, dictionaries, f32
 
 D = 40
 BLOCK, N_BLOCKS, LONGEST = 4, 24, 20
@@ -103,7 +92,7 @@ class Paged(Device):
         """One step: per row its sequence, its KV blocks, and the tokens that follow ``done``. The opened bits by token."""
         rows, slots = [], []
         for i, (one, blocks, h) in enumerate(sequences):
-            rows.append(Row(one.payload, one.done, one.prompt_len, torch.zeros(len(h), dtype=torch.int64)))
+            rows.append(Part(one.payload, one.done, one.prompt_len, torch.zeros(len(h), dtype=torch.int64)))
             self.table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
             slots += [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(one.done, one.done + len(h))]
         self.slots.fill_(-1)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from editserver.engine.triton.step import TILE
 from interventions.program import Op, Payload, Program, ReadKind
 from interventions.selectors import Selector
-from tests.engine.triton.batches import SLOTS, Batch, Device, Row, random_batch, steering
+from tests.engine.flat_batches import Part
+from tests.engine.triton.batches import SLOTS, Batch, Device, random_batch, steering
 
 D = 40
 
@@ -74,12 +75,12 @@ def test_mentions_are_found_across_steps(seed: int) -> None:
     position = int(random.integers(0, 6))
     payload = Payload(program, (), None)
     device.prompts = {"r1": ids[:8].tolist()}
-    plain = Row(None, 0, 1, ids[:1])
+    plain = Part(None, 0, 1, ids[:1])
     masks = [selector.mask(torch.arange(16), ids, 8) for selector in selectors]
     while position < 16:
         n = min(16 - position, int(random.integers(1, 6)))
         for tokens in (torch.full((n,), 2), ids[position : position + n]):  # the first turn out to be wrong
-            batch = Batch((plain, Row(payload, position, 8, tokens)), torch.zeros(n + 1, D), None)
+            batch = Batch((plain, Part(payload, position, 8, tokens)), torch.zeros(n + 1, D), None)
             device.plan(batch, device.settle(batch, random))
         found = device.left("selected")[1 : n + 1]
         for number, mask in enumerate(masks):
@@ -97,6 +98,6 @@ def test_a_selectors_last_bit_is_the_sign_bit() -> None:
     tables.write({"request_ptr": np.array([0, 64], np.int32), "interval_ptr": edges, "id_ptr": np.zeros(65, np.int32)})
     tables.write({"intervals": np.array([[0, 0]] * 63 + [[0, 9]], np.int32)})
     tables.map_slots(np.zeros(SLOTS, np.int32))
-    row = Row(None, 8, 3, torch.arange(2))
+    row = Part(None, 8, 3, torch.arange(2))
     device.plan(Batch((row,), torch.zeros(2, D), None), torch.zeros(1, dtype=torch.int64))
     assert device.left("selected")[:2].tolist() == [-(2**63), 0]

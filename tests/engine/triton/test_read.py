@@ -11,18 +11,8 @@ import torch
 from interventions.oracle import read_latents
 from interventions.program import Op, Payload, Read, ReadKind
 from interventions.selectors import ALL, GENERATED, slice_selector
-from tests.engine.triton.batches import (
-    LAYER,
-    Batch,
-    Device,
-    Row,
-    by_digest,
-    dictionaries,
-    opened,
-    random_batch,
-    random_stream,
-    steering,
-)
+from tests.engine.flat_batches import Part, random_stream
+from tests.engine.triton.batches import LAYER, Batch, Device, by_digest, dictionaries, opened, random_batch, steering
 
 D = 40
 
@@ -32,7 +22,7 @@ def test_listed_latents_are_the_oracles_where_selected_and_absent_elsewhere(name
     random, device = np.random.default_rng(1), Device(D)
     digest = dictionaries(D)[1][name].digest
     reads = (Read(digest, LAYER, (5, 1, 80), 0, ALL), Read(digest, LAYER, (1, 7), 0, GENERATED))
-    rows = (Row(None, 0, 2, torch.arange(3)), Row(Payload(None, reads, None), 1, 4, torch.arange(6)))
+    rows = (Part(None, 0, 2, torch.arange(3)), Part(Payload(None, reads, None), 1, 4, torch.arange(6)))
     batch = Batch(rows, *random_stream(random, 9, D, torch.float32, True))
     done = device.run(batch, random)
     assert torch.equal(done.hidden, batch.hidden)
@@ -54,7 +44,7 @@ def test_readings_after_see_the_edited_stream() -> None:
     digest = dictionaries(D)[1]["standard"].digest
     reads = (Read(digest, LAYER, (3, 9), 0, slice_selector(0, None), True),)
     program = steering(ReadKind.NORM, Op(1.0, 0.5, -math.inf, math.inf, False, 0, 0))
-    rows = (Row(Payload(program, reads, None), 2, 4, torch.arange(3)),)
+    rows = (Part(Payload(program, reads, None), 2, 4, torch.arange(3)),)
     batch = Batch(rows, *random_stream(random, 3, D, torch.float32, True))
     done = device.run(batch, random)
     assert not torch.isclose(done.stream, batch.stream).all(dim=1).any()
