@@ -27,6 +27,8 @@ class Engine(Protocol):
         config: what the server was started with.
         bank: the rows, as the host has them.
         residents: the requests that it knows.
+        agree: makes a contiguous tensor of ``h``, or of its parts, the same on all tensor-parallel ranks, in place, where their
+            own differ in rounding; None where ranks decide alone (compat/parallel.py).
     """
 
     config: EngineConfig
@@ -35,6 +37,7 @@ class Engine(Protocol):
     dictionaries: Dictionaries
     bank: RowBank
     residents: ResidentSet
+    agree: Callable[[torch.Tensor], None] | None
 
     @property
     def kept_bytes(self) -> int:

@@ -102,7 +102,6 @@ class EngineWorker:
         self._counting = False
         self._facts = drafts + 1
         self.agree: Callable[[torch.Tensor], None] | None = None
-        """Makes ``h`` the same on all ranks, in place, where their own differ in rounding (compat/parallel.py)."""
 
     # -- requests -----------------------------------------------------------------------------------------------
 

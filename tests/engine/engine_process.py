@@ -1,6 +1,6 @@
 """vLLM in a process of its own, started as a test says and asked what it says: ``python -m tests.engine.engine_process``.
 
-For starts that a session's one engine cannot be: several workers, adapters, quantised weights.
+For starts that a session's one engine cannot be: several workers, adapters, quantised weights, several workers on the V2 runner.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":  # workers, too, import this module before they import vLLM
+    from tests.engine import v2_machine
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCK = 32
@@ -57,8 +60,11 @@ class Start:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(starts: Sequence[Start], folder: Path, timeout: float = 500) -> list[list[Any]]:
-    """Results of the steps of each start, one start after the other; raises with the end of the log where one fails."""
+def run(starts: Sequence[Start], folder: Path, timeout: float = 500, v2: bool = False) -> list[list[Any]]:
+    """Results of the steps of each start, one start after the other; raises with the end of the log where one fails.
+
+    ``v2``: on the V2 model runner, whose kernels Triton's interpreter runs (begin with the step "running", or it takes long).
+    """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     environment = clean | {
         "OMP_NUM_THREADS": "1",
@@ -68,6 +74,8 @@ def run(starts: Sequence[Start], folder: Path, timeout: float = 500) -> list[lis
         "VLLM_LOGGING_LEVEL": "WARNING",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
+    if v2:
+        environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
     given, out, log = folder / "starts.pickle", folder / "results.pickle", folder / "log.txt"
     given.write_bytes(pickle.dumps(list(starts)))
     command = [sys.executable, "-m", "tests.engine.engine_process", str(given), str(out)]
@@ -90,19 +98,31 @@ def run(starts: Sequence[Start], folder: Path, timeout: float = 500) -> list[lis
 class Extension:
     """Methods that every worker gets (``worker_extension_cls``)."""
 
+    def running(self) -> list[str]:
+        """The model runner's module, and the engine's class. From now on the V2 runner samples fast."""
+        from editserver.engine import op
+
+        if self.vllm_config.use_v2_model_runner:
+            v2_machine.sample_in_one_block()
+        return [type(self.model_runner).__module__, type(op.current()).__name__]
+
     def record(self) -> None:
         """Keep what this worker records, from now on."""
+        from editserver.engine import op
         from editserver.engine.wire import encode_records
-        from editserver.engine.worker import EngineWorker
 
-        end_step = EngineWorker.end_step
+        engine: Any = type(op.current())
+        finish = engine.finish
 
-        def keeping(engine: Any) -> Any:
-            records = end_step(engine)
+        def finishing(self: Any) -> Any:
+            made = finish(self)
+            if made is None:
+                return None
+            records = made()  # of ranks that answer nobody, too
             _RECORDED.extend(encode_records([record]) for record in records.values())
-            return records
+            return lambda: records
 
-        EngineWorker.end_step = keeping
+        engine.finish = finishing
 
     def records_digest(self) -> str:
         """Of everything that this worker recorded so far: fired bits, doses, readings, gates, rules. Starts anew."""

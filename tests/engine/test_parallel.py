@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from editserver.engine.compat.parallel import sizes
 from tests.engine.engine_process import BLOCK, Answered, Start, run
 from tests.engine.tiny import write_model
 from tests.engine.tiny_cases import Bench, Made
@@ -40,15 +41,29 @@ def cases(bench: Bench) -> dict[str, Made]:
     return bench.cases()
 
 
-@pytest.fixture(scope="module")
+RUNNERS = {
+    "V1": ("vllm.v1.worker.cpu_model_runner", "EngineWorker"),
+    "V2": ("vllm.v1.worker.cpu.model_runner", "EngineWorker"),
+    "V2, on a device": ("vllm.v1.worker.cpu.model_runner", "DeviceWorker"),
+}
+"""The model runner's module, and the class of the engine: the device's kernels run under Triton's interpreter."""
+
+
+@pytest.fixture(scope="module", params=RUNNERS)
 def two_ranks(
-    model: Path, bench: Bench, cases: dict[str, Made], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    model: Path,
+    bench: Bench,
+    cases: dict[str, Made],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """Two workers of one engine, put through all that may befall them; by name, what each step gave."""
+    module, engine = RUNNERS[request.param]
     batch = [made.asked for made in cases.values()]
     plain, steer = cases["plain"].asked, cases["steer"].asked
     crossed = [replace(plain, payload=steer.payload), replace(steer, payload=None)]
     steps: dict[str, Any] = {
+        "running": "running",
         "recording": "record",
         "by themselves": "agrees",
         "answers": batch,
@@ -68,13 +83,16 @@ def two_ranks(
         "shares": "share",
         "shares proven": "prove",
     }
-    start = Start(str(model), bench.config.as_dict(), list(steps.values()), {"tensor_parallel_size": 2})
-    return dict(zip(steps, run([start], tmp_path_factory.mktemp("two"))[0], strict=True))
+    config = replace(bench.config, engine="device" if engine == "DeviceWorker" else "auto")
+    start = Start(str(model), config.as_dict(), list(steps.values()), {"tensor_parallel_size": 2})
+    (found,) = run([start], tmp_path_factory.mktemp("two"), v2=request.param != "V1")
+    return {"runner": [module, engine]} | dict(zip(steps, found, strict=True))
 
 
 def test_two_ranks_answer_as_the_reference_does(
     two_ranks: dict[str, Any], bench: Bench, cases: dict[str, Made]
 ) -> None:
+    assert two_ranks["running"] == [two_ranks["runner"]] * 2
     for (name, made), answered in zip(cases.items(), two_ranks["answers"], strict=True):
         bench.assert_answered(made, answered, name)
 
@@ -118,6 +136,12 @@ def test_layers_that_return_each_ranks_share_are_refused_by_name(two_ranks: dict
     assert "with --tensor-parallel-size 2, what layer " in said
     assert "it is not the residual stream, but each rank's share of it" in said
     assert "layers concerned: [1, 2]" in said
+
+
+def test_batches_of_every_size_are_compared_where_they_may_go_other_ways() -> None:
+    assert sizes(8192, on_device=False) == [1, 16, 61]
+    assert sizes(8, on_device=False) == [1, 8]
+    assert sizes(6000, on_device=True) == [1, 16, 61, 256, 1024, 4096, 6000]
 
 
 def _difference(one: Answered, other: Answered) -> float:

@@ -216,14 +216,6 @@ def test_what_is_proven_on_a_cpu_is_accepted(configure: Callable[..., Any], argu
     assert refusals(configure(**arguments)) == []
 
 
-def test_tensor_parallelism_is_refused_by_name_where_it_is_not_proven(configure: Callable[..., Any]) -> None:
-    vllm_config = configure(tensor_parallel_size=2)
-    v2 = _Changed(vllm_config, {"use_v2_model_runner": True})
-    assert [name for name in refusals(v2) if name.startswith("tensor parallelism on the V2 model runner (")]
-    elsewhere = _Changed(vllm_config, {"device_config": _Changed(vllm_config.device_config, {"device_type": "cuda"})})
-    assert [name for name in refusals(elsewhere) if name.startswith("tensor parallelism on cuda (")]
-
-
 def test_engines_that_run_in_step_are_refused_by_name(configure: Callable[..., Any]) -> None:
     vllm_config = configure(data_parallel_size=2)
     mixture = _Changed(vllm_config, {"model_config": _Changed(vllm_config.model_config, {"is_moe": True})})
@@ -296,12 +288,13 @@ def test_what_a_cpu_machine_cannot_be_started_with_is_refused_where_it_can(
     assert str(refused.value).startswith(f"editserver cannot guarantee correct edits with {name}")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_both_runners_and_late_outputs_are_accepted_where_the_engine_proves_itself(
-    configure: Callable[..., Any], device: str, v2: bool
+def test_both_runners_ranks_and_late_outputs_are_accepted_where_the_engine_proves_itself(
+    configure: Callable[..., Any], device: str, v2: bool, ranks: int
 ) -> None:
-    vllm_config = configure()
+    vllm_config = configure(tensor_parallel_size=ranks)
     fields = {"use_v2_model_runner": v2}
     changed = _Changed(vllm_config, fields)
     changed.fields["device_config"] = _Changed(vllm_config.device_config, {"device_type": device})

@@ -66,14 +66,19 @@ def _first_block_of_each_row(grid: tuple[int, ...], args: tuple[Any, ...], kwarg
     return grid[0], 1
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _fast_sampling() -> None:
+def sample_in_one_block() -> None:
+    """Have this process's kernels that walk the vocabulary take it in one block."""
     import vllm.v1.worker.cpu.shm  # noqa: F401  (vLLM: "must be imported firstly")
     from vllm.v1.worker.gpu.sample import gumbel, logprob
 
     gumbel._gumbel_sample_kernel = _InOneBlock(gumbel._gumbel_sample_kernel, _first_block_of_each_row)
     logprob._topk_log_softmax_kernel = _InOneBlock(logprob._topk_log_softmax_kernel, _rows)
     logprob._ranks_kernel = _InOneBlock(logprob._ranks_kernel, _rows)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_sampling() -> None:
+    sample_in_one_block()
 
 
 @pytest.fixture(autouse=True)

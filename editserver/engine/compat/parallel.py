@@ -2,11 +2,12 @@
 
 All ranks get the same scheduler output and make the same plan; a program decides by thresholds on ``h``. Where an all-reduce
 adds in another order on each rank (shared memory with three or more ranks does), copies of ``h`` differ in their last bits,
-and so could decisions. Every worker therefore proves at its start, after ``compile_or_warm_up_model``
-(vllm/v1/worker/cpu_worker.py:264), on random tokens:
+and so could decisions. Every worker therefore proves at its start, before ``compile_or_warm_up_model``
+(vllm/v1/worker/gpu_worker.py:908, cpu_worker.py:264) captures any graph, on random tokens:
 
 * bit-equal copies at every armed layer: ranks decide alone;
-* copies that differ by rounding: at every step, ranks take rank 0's ``h`` for the tokens that programs look at;
+* copies that differ by rounding: at every step, ranks take rank 0's: the CPU's engine for the tokens that programs look at,
+  a device's for the whole batch, by a collective that graphs capture;
 * copies that differ by more: what the layer returns is not the residual stream but one rank's share of it (an all-reduce
   that is deferred into the next layer). The worker does not start.
 """
@@ -24,21 +25,34 @@ from editserver.engine import op
 from editserver.engine.compat import handshake, signatures
 from editserver.engine.splice import UnsupportedModel
 
-RELIED_ON: signatures.Relied = {"vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model": ("self",)}
+RELIED_ON: signatures.Relied = {
+    "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": ("self",),
+    "vllm.distributed.device_communicators.base_device_communicator:DeviceCommunicatorBase.broadcast": (
+        "self",
+        "tensor",
+        "src",
+    ),
+}
 
 BATCHES = (1, 16, 61)
-"""Tokens of the batches that are compared; a collective may go another way for another size."""
+"""Tokens of the batches that are compared, and on a device the sizes beyond them: a collective may go another way for
+another size."""
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 """Largest ||h_rank − h_0|| / ||h_0|| of a token that is taken for rounding. A share of the stream is off by its order."""
 
 
 def take_rank_zeros(h: torch.Tensor) -> None:
-    """Overwrite ``h`` with what TP rank 0 has there; a collective of all ranks."""
+    """Overwrite ``h``, contiguous, with what TP rank 0 has there; a collective of all ranks, on the current stream."""
     from vllm.distributed.parallel_state import get_tp_group
 
-    group = get_tp_group()
-    torch.distributed.broadcast(h, src=group.ranks[0], group=group.cpu_group)
+    get_tp_group().device_communicator.broadcast(h, 0)
+
+
+def sizes(most: int, on_device: bool) -> list[int]:
+    """Tokens of the batches that are compared, ``most`` at most."""
+    beyond = [most, *(4**k for k in range(4, 12))] if on_device else []
+    return sorted({min(n, most) for n in (*BATCHES, *beyond)})
 
 
 @contextmanager
@@ -76,18 +90,23 @@ def _streams_of(engine: Any) -> Iterator[dict[int, torch.Tensor]]:
 
 
 def differences(runner: Any, engine: Any) -> dict[int, float]:
-    """Layer → the largest relative difference between this rank's ``h`` and rank 0's, over ``BATCHES``; 0.0: no bit differs.
+    """Layer → the largest relative difference between this rank's ``h`` and rank 0's, over :func:`sizes`; 0.0: no bit differs.
 
-    A collective of all ranks.
+    A collective of all ranks. No graph may have been captured: what it replays calls nobody.
     """
+    from vllm.config import CUDAGraphMode
+
     worst: dict[int, float] = {}
-    most = runner.scheduler_config.max_num_batched_tokens
-    for seed, n in enumerate(sorted({min(n, most) for n in BATCHES})):
+    most = int(runner.scheduler_config.max_num_batched_tokens)
+    for seed, n in enumerate(sizes(most, runner.device.type != "cpu")):
         with (
             _random_tokens(runner.get_model(), runner.model_config.get_vocab_size(), seed),
             _streams_of(engine) as seen,
         ):
-            runner._dummy_run(n, force_attention=True)  # without it, what attention returns is not initialised
+            # V1: without attention, what it returns is not initialised. V2 runs it always, and takes no notice of either.
+            runner._dummy_run(n, force_attention=True, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+        if missed := set(engine.config.armed) - seen.keys():
+            raise UnsupportedModel(f"the model does not call the edit op of layers {sorted(missed)}")
         for layer, own in sorted(seen.items()):
             other = own.clone()
             take_rank_zeros(other)
@@ -109,8 +128,6 @@ def prove(runner: Any, engine: Any) -> bool:
     group = get_tp_group()
     if group.world_size == 1:
         return True
-    if not hasattr(engine, "agree"):
-        raise UnsupportedModel(f"{type(engine).__name__} edits on one rank: start with --tensor-parallel-size 1")
     found: list[Any] = [None] * group.world_size
     torch.distributed.all_gather_object(found, differences(runner, engine), group=group.cpu_group)
     worst = {layer: max(by_layer[layer] for by_layer in found) for layer in found[0]}
@@ -127,21 +144,24 @@ def prove(runner: Any, engine: Any) -> bool:
     return equal
 
 
-def install() -> None:
-    """Have every CPU worker of this process prove, once it is started up, that it is armed, and what :func:`prove` says."""
-    from vllm.v1.worker.cpu_worker import CPUWorker
+def install(vllm_config: Any) -> None:
+    """Have the worker's class prove what :func:`prove` says, and, once it is started up, that it is armed (called in the
+    worker when its model has been armed)."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
 
     signatures.check(RELIED_ON)
-    original = CPUWorker.compile_or_warm_up_model
+    worker_class = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
+    original = worker_class.compile_or_warm_up_model
     if hasattr(original, "editserver"):
         return
 
     @functools.wraps(original)
     def compile_or_warm_up_model(self: Any) -> Any:
-        times = original(self)
         engine = op.current()
         if engine is not None:
             prove(self.model_runner, engine)
+        times = original(self)
+        if engine is not None:
             answer = getattr(
                 self, handshake.METHOD
             )()  # the API process asks the workers of one data-parallel engine only
@@ -150,4 +170,4 @@ def install() -> None:
         return times
 
     compile_or_warm_up_model.editserver = True  # type: ignore[attr-defined]
-    CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+    worker_class.compile_or_warm_up_model = compile_or_warm_up_model

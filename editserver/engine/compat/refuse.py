@@ -25,9 +25,6 @@ def refusals(vllm_config: Any) -> list[str]:
             vllm_config.speculative_config is not None
             and (_drafter(vllm_config) != "ngram" or vllm_config.use_v2_model_runner)
         ),
-        f"tensor parallelism on {_tensor_parallel_on(vllm_config)} (--tensor-parallel-size > 1; proven on CPUs, on the V1 "
-        "model runner)": parallel.tensor_parallel_size > 1
-        and (device != "cpu" or bool(vllm_config.use_v2_model_runner)),
         "pipeline parallelism (--pipeline-parallel-size > 1; the last stage alone answers, so what earlier stages edit would "
         "be in no receipt)": parallel.pipeline_parallel_size > 1,
         "data parallelism of a mixture of experts (--data-parallel-size > 1; its engines run in step)": bool(
@@ -67,11 +64,6 @@ def refusals(vllm_config: Any) -> list[str]:
 def _drafter(vllm_config: Any) -> str | None:
     """The method of ``--speculative-config``."""
     return getattr(vllm_config.speculative_config, "method", None)
-
-
-def _tensor_parallel_on(vllm_config: Any) -> str:
-    device: str = vllm_config.device_config.device_type
-    return "the V2 model runner" if device == "cpu" else device
 
 
 def check_config(vllm_config: Any) -> None:

@@ -40,19 +40,24 @@ class Taken:
     rules: TakenRules | None = None
     tops: TakenTops | None = None
 
-    def records(self) -> dict[str, StepRecord]:
-        """Request id → record, as the plan on the device had the rows; waits for the copies.
+    @property
+    def arrived(self) -> bool:
+        """Whether the copies are done."""
+        return self.event is None or self.event.query()
 
-        Raises:
-            RuntimeError: an armed layer did not run by the step's plan.
-        """
-        if self.event is not None:
-            self.event.synchronize()
+    def prove(self) -> None:
+        """Raise RuntimeError where an armed layer did not run by the step's plan; for what has :attr:`arrived`."""
         ran = self.buffers["ran"].tolist()
         if missed := [layer for layer in self.step.layers if ran[self.step.number(layer)] != self.planned]:
             raise RuntimeError(
                 f"the edit op of layers {sorted(missed)} did not run in this step: the model is not armed"
             )
+
+    def records(self) -> dict[str, StepRecord]:
+        """Request id → record, as the plan on the device had the rows; waits for the copies. Raises as :meth:`prove`."""
+        if self.event is not None:
+            self.event.synchronize()
+        self.prove()
         found = {}
         for row, resident in enumerate(self.requests):
             first, last, _, start = self.buffers["rows"][:, row].tolist()

@@ -17,7 +17,7 @@ from editserver.engine.rule_table import RuleRun
 from editserver.engine.triton.capacity import Capacity, EncodeCapacity, RuleCapacity
 from editserver.engine.triton.encode import DeviceEncode
 from editserver.engine.triton.fill import fill
-from editserver.engine.triton.readout import take
+from editserver.engine.triton.readout import Taken, take
 from editserver.engine.triton.step import Cache, DeviceStep, Stages
 from interventions.program import Payload
 
@@ -65,7 +65,9 @@ class DeviceWorker:
         self._slots = np.full(capacity.residents, -1, np.int32)
         self._requests: tuple[Resident | None, ...] = ()
         self._n_tokens = 0
+        self._taken: Taken | None = None
         self._changed = self._planned = self._single = self._remembers = self._probing = False
+        self.agree: Callable[[torch.Tensor], None] | None = None
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -174,14 +176,36 @@ class DeviceWorker:
         return {layer: int(probed and ran[self.step.number(layer)] == planned) for layer in self.step.layers}
 
     def run(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """The op's body: see :meth:`DeviceStep.run`. Launched whether or not anything is planned: the device knows."""
+        """The op's body: see :meth:`DeviceStep.run`. Launched whether or not anything is planned: the device knows.
+
+        Where ranks have to :attr:`agree` they always do, so that no request's stream depends on who else is there.
+        """
+        if self.agree is not None:
+            self.agree(hidden)
+            if residual is not None:
+                self.agree(residual)
         if self._planned or hidden.is_cuda:  # on a CPU no graph is captured, and an interpreted launch costs much
             self.step.run(layer, hidden, residual, self._single)
 
     def finish(self) -> Callable[[], Records] | None:
-        """Start copying the outcome of the forward pass behind us; its records are made when they are asked for."""
+        """Start copying the outcome of the forward pass behind us; its records are made when they are asked for.
+
+        Nobody asks tensor-parallel ranks other than the first: what has arrived of the step before this one is proven here.
+
+        Raises:
+            RuntimeError: an armed layer did not run in the step before, and nobody asked.
+        """
+        last, self._taken = self._taken, None
+        if last is not None and last.arrived:
+            last.prove()
         if not self._requests:
             return None
-        taken = take(self.step, self._requests, self._n_tokens, self._known)
+        self._taken = taken = take(self.step, self._requests, self._n_tokens, self._known)
         self._requests = ()
-        return taken.records
+
+        def records() -> Records:
+            if self._taken is taken:
+                self._taken = None
+            return taken.records()
+
+        return records

@@ -76,6 +76,42 @@ def test_a_layer_that_did_not_run_by_the_steps_plan_fails_the_step() -> None:
         records()
 
 
+def test_a_rank_that_nobody_asks_fails_with_its_next_step() -> None:
+    worker = made()
+    one_step(worker)
+    assert worker.finish() is not None
+    worker.begin(batch("a", 3))
+    with pytest.raises(RuntimeError, match=rf"the edit op of layers \[{LAYER}\] did not run in this step"):
+        worker.finish()
+    worker = made()
+    worker.run(LAYER, one_step(worker), None)
+    assert worker.finish() is not None
+    worker.idle_step()
+    assert worker.finish() is None
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_where_ranks_have_to_agree_they_do_before_anything_is_read_and_whoever_is_there(split: bool) -> None:
+    worker = made()
+    others, agreed = torch.full((3, D), 2.0, device=ON), []
+
+    def agree(h: torch.Tensor) -> None:
+        agreed.append(h.data_ptr())
+        h.copy_(others)
+
+    worker.agree = agree
+    stream, residual = one_step(worker), torch.zeros(3, D, device=ON) if split else None
+    worker.run(LAYER, stream, residual)
+    edited = stream if residual is None else stream + residual
+    plain = others * (2 if split else 1)
+    assert edited[0].tolist() == plain[0].tolist(), "position 0 is not edited"
+    assert (edited - plain)[1:, 0].tolist() == [1, 1]
+    worker.idle_step()
+    worker.run(LAYER, stream, residual)
+    assert agreed == [stream.data_ptr(), *([residual.data_ptr()] if residual is not None else [])] * 2
+    assert torch.equal(stream, others), "a neighbour's stream does not depend on whether anybody is edited"
+
+
 def test_a_plan_that_stands_does_not_reach_a_dummy_batch_or_one_of_nobody() -> None:
     worker = made()
     stream = one_step(worker)
