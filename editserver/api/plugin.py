@@ -32,6 +32,7 @@ from editserver.api.state import EditState
 from editserver.api.vllm_entry import VLLM_VERSION, OpenAIServingChat, OpenAIServingCompletion, model_shape
 from editserver.catalogue import build_catalogue
 from editserver.engine.abilities import Abilities
+from editserver.engine.compat.core import FORGETFUL, STAGED
 from editserver.engine.config import EngineConfig
 from editserver.settings import MAX_BODY_BYTES, Settings
 from interventions.errors import InterventionError
@@ -98,7 +99,8 @@ class EditserverEndpoint:
         if config is None:
             return
         answers = await engine_client.collective_rpc(HANDSHAKE)
-        check_handshake(config, answers)
+        stages = engine_client.vllm_config.parallel_config.pipeline_parallel_size
+        check_handshake(config, answers, stages)
         told = answers[0]["device"]
         device = None if told is None else Abilities.from_dict(told)
         settings = Settings.of(args)
@@ -115,7 +117,9 @@ class EditserverEndpoint:
             tokenizer=tokenizer,
             model=model,
         )
-        drafts = engine_client.vllm_config.speculative_config is not None
+        unheard = STAGED if stages > 1 else None
+        if engine_client.vllm_config.speculative_config is not None:
+            unheard = unheard if all(answer["remembers"] for answer in answers) else FORGETFUL
         state.editserver = EditState(
             config,
             settings,
@@ -124,7 +128,7 @@ class EditserverEndpoint:
             VLLM_VERSION,
             model,
             state,
-            forgetful=drafts and not all(answer["remembers"] for answer in answers),
+            unheard=unheard,
             device=device,
         )
         for source in config.saes:
@@ -134,11 +138,15 @@ class EditserverEndpoint:
         _exchange(state, "openai_serving_completion", OpenAIServingCompletion, EditServingCompletion)
 
 
-def check_handshake(config: EngineConfig, answers: list[Any]) -> None:
-    """Raise :class:`HandshakeError` unless every worker is armed as configured and runs this version."""
+def check_handshake(config: EngineConfig, answers: list[Any], stages: int = 1) -> None:
+    """Raise :class:`HandshakeError` unless every worker is armed as configured and runs this version.
+
+    The workers of ``stages > 1`` are armed at their own layers, each of them at one worker.
+    """
     if not answers:
         raise HandshakeError("no worker answered the handshake: is editserver installed where the workers run?")
     digests = {source.digest for source in config.saes}
+    armed: list[int] = []
     for rank, answer in enumerate(answers):
         if not isinstance(answer, dict):
             raise HandshakeError(f"worker {rank} answered the handshake with {answer!r}")
@@ -147,12 +155,15 @@ def check_handshake(config: EngineConfig, answers: list[Any]) -> None:
             problems.append("it is not armed")
         if answer.get("version") != __version__:
             problems.append(f"it runs editserver {answer.get('version')}, this process {__version__}")
-        if sorted(answer.get("armed", ())) != list(config.armed):
+        armed += answer.get("armed", ())
+        if stages == 1 and sorted(answer.get("armed", ())) != list(config.armed):
             problems.append(f"it armed layers {answer.get('armed')}, configured are {list(config.armed)}")
         if set(answer.get("saes", ())) != digests:
             problems.append("its SAEs have other contents than this process reads")
         if problems:
             raise HandshakeError(f"worker {rank} cannot edit: {'; '.join(problems)}")
+    if stages > 1 and sorted(armed) != list(config.armed):
+        raise HandshakeError(f"the stages armed layers {sorted(armed)}, configured are {list(config.armed)}")
 
 
 def bounded(limits: Limits, device: Abilities) -> Limits:

@@ -13,7 +13,6 @@ from editserver.api.jobs import Jobs
 from editserver.api.knowledge import FeatureKnowledge
 from editserver.catalogue import ServedCatalogue, ServedSAE
 from editserver.engine.abilities import NOT_ENCODED, ON_GPU, Abilities
-from editserver.engine.compat.core import FORGETFUL
 from editserver.engine.config import EngineConfig
 from editserver.settings import Settings
 from interventions.compile import Compiled, compile_request
@@ -32,7 +31,7 @@ class EditState:
         model: the served model's name.
         jobs: work that outlives its request.
         device: what the engine can do, where it is one of kernels; None: everything.
-        forgetful: whether nothing keeps what gates and rules saw of a token that drafts may make run again.
+        unheard: why rules and gates over a sequence are not served, as a request that asks for one is told; None where they are.
     """
 
     config: EngineConfig
@@ -43,7 +42,7 @@ class EditState:
     model: str
     app_state: Any
     jobs: Jobs = field(default_factory=Jobs)
-    forgetful: bool = False
+    unheard: str | None = None
     device: Abilities | None = None
     _knowledge: dict[str, FeatureKnowledge] = field(default_factory=dict)
 
@@ -62,9 +61,9 @@ class EditState:
             InterventionError: with the contract's codes.
         """
         compiled = compile_request(specs, reads, self.catalogue)
-        if self.forgetful and compiled.program is not None and compiled.program.listens:
+        if self.unheard is not None and compiled.program is not None and compiled.program.listens:
             first = next((entry.param for entry in compiled.entries if entry.listens), "interventions")
-            raise InterventionError("unsupported_with_interventions", FORGETFUL, first)
+            raise InterventionError("unsupported_with_interventions", self.unheard, first)
         self.check(compiled)
         return compiled
 

@@ -19,6 +19,7 @@ from editserver.api.rulesets import check_body, parse_stored, shown_normal
 from editserver.api.state import EditState
 from editserver.catalogue import build_catalogue
 from editserver.engine.abilities import Abilities
+from editserver.engine.compat.core import FORGETFUL
 from editserver.engine.config import EngineConfig, SAESource
 from editserver.engine.triton import capacity as reserved
 from editserver.library import parse_ruleset_body
@@ -178,7 +179,7 @@ def test_where_nothing_is_kept_what_listens_is_refused_by_its_field(
     state: EditState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(state, "device", None)
-    monkeypatch.setattr(state, "forgetful", True)
+    monkeypatch.setattr(state, "unheard", FORGETFUL)
     steer: dict[str, object] = {"type": "steer", "sae": "relu", "feature": 1, "strength": 2}
     rules = {"type": "rules", "text": "rule: feature(relu, 1) > 0 -> found\non found: flag"}
     gated = steer | {"when": "seen(feature(relu, 1) > 0)"}

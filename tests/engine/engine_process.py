@@ -51,7 +51,7 @@ class Start:
     """One engine and what happens to it.
 
     ``steps`` are lists of requests (one batch; the answers are their result) and names of methods of every worker (each
-    worker's reply, or what it raised, as text). ``additional`` is editserver's configuration as a dict.
+    worker's reply); or what was raised, as text. ``additional`` is editserver's configuration as a dict.
     """
 
     model: str
@@ -226,13 +226,8 @@ def _serve(start: Start) -> list[Any]:
         return LoRARequest(Path(folder).name, number, folder)
 
     results: list[Any] = []
-    for step in start.steps:
-        if isinstance(step, str):
-            try:
-                results.append(llm.collective_rpc(step))
-            except Exception as error:
-                results.append(f"{type(error).__name__}: {error}")
-            continue
+
+    def answers(step: Sequence[Asked]) -> list[Answered]:
         prompts = [
             {"prompt_token_ids": list(one.prompt)} | ({"cache_salt": one.salt} if one.salt else {}) for one in step
         ]
@@ -249,7 +244,14 @@ def _serve(start: Start) -> list[Any]:
         ]
         lora = [adapter(one.adapter) for one in step] if any(one.adapter for one in step) else None
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
-        results.append([answer_from(output) for output in outputs])
+        return [answer_from(output) for output in outputs]
+
+    for step in start.steps:
+        try:
+            results.append(llm.collective_rpc(step) if isinstance(step, str) else answers(step))
+        except Exception as error:
+            results.append(f"{type(error).__name__}: {error}")
+            llm.llm_engine.abort_request(list(llm.llm_engine.output_processor.request_states), internal=True)
     llm.llm_engine.engine_core.shutdown()
     return results
 

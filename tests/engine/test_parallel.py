@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from editserver.api.plugin import HandshakeError, check_handshake
+from editserver.engine.compat.core import STAGED
 from editserver.engine.compat.parallel import sizes
 from tests.engine.engine_process import BLOCK, Answered, Start, run
 from tests.engine.tiny import write_model
-from tests.engine.tiny_cases import Bench, Made
+from tests.engine.tiny_cases import STEER, Bench, Made, features, prompt_of
 
 pytestmark = pytest.mark.engine
 
@@ -43,7 +45,6 @@ def cases(bench: Bench) -> dict[str, Made]:
 
 RUNNERS = {
     "V1": ("vllm.v1.worker.cpu_model_runner", "EngineWorker"),
-    "V2": ("vllm.v1.worker.cpu.model_runner", "EngineWorker"),
     "V2, on a device": ("vllm.v1.worker.cpu.model_runner", "DeviceWorker"),
 }
 """The model runner's module, and the class of the engine: the device's kernels run under Triton's interpreter."""
@@ -136,6 +137,82 @@ def test_layers_that_return_each_ranks_share_are_refused_by_name(two_ranks: dict
     assert "with --tensor-parallel-size 2, what layer " in said
     assert "it is not the residual stream, but each rank's share of it" in said
     assert "layers concerned: [1, 2]" in said
+
+
+# -- pipelines ------------------------------------------------------------------------------------------------------
+
+ALONE = ((1, "thresholds"), (2, "steer"))
+"""A layer of the first stage and one of the second, and a case that is edited there alone."""
+
+
+@pytest.fixture(scope="module")
+def staged(bench: Bench, cases: dict[str, Made]) -> dict[str, Made]:
+    """What is served of :meth:`Bench.cases`, and a request that is edited and inspected at both stages."""
+    made = {name: cases[name] for name in ("plain", "steer", "thresholds", "topk", "inspect")}
+    scales: list[dict[str, Any]] = [{"index": i, "op": "scale", "value": 4.0} for i in range(0, 60, 3)]
+    edits = [STEER, features("jumprelu/l1", scales), features("jumprelu/l2", scales)]
+    reads = [
+        {"sae": "topk/l1", "top_k": 3},
+        {"sae": "jumprelu/l2", "features": [5, 6], "after": True},
+        {"sae": "jumprelu/l1", "features": [0, 1, 2]},
+    ]
+    return made | {"both": bench.make(prompt_of(7), edits, reads)}
+
+
+@pytest.fixture(scope="module")
+def pipelines(
+    model: Path, bench: Bench, cases: dict[str, Made], staged: dict[str, Made], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Two stages on the V2 runner, layers 0 and 1, and 2 and 3, edited by the device's engine; and each armed alone."""
+    batch = [made.asked for made in staged.values()]
+    steps: dict[str, Any] = {
+        "running": "running",
+        "handshake": "editserver_handshake",
+        "answers": batch,
+        "warm": batch,
+        "rules": [cases["rules"].asked],
+        "gate": [cases["gate"].asked],
+    }
+    two = {"pipeline_parallel_size": 2}
+    starts = [Start(str(model), replace(bench.config, engine="device").as_dict(), list(steps.values()), two)]
+    for layer, case in ALONE:
+        config = replace(bench.config, armed=(layer,)).as_dict()
+        alone = ["running", "editserver_handshake", [staged["plain"].asked, staged[case].asked]]
+        starts.append(Start(str(model), config, alone, two))
+    found = run(starts, tmp_path_factory.mktemp("stages"), v2=True)
+    names = ("both", *(f"layer {layer} alone" for layer, _ in ALONE))
+    return {name: dict(zip(steps, results, strict=False)) for name, results in zip(names, found, strict=True)}
+
+
+def test_two_stages_answer_as_the_reference_does(
+    pipelines: dict[str, dict[str, Any]], bench: Bench, staged: dict[str, Made]
+) -> None:
+    found = pipelines["both"]
+    assert found["running"] == [["vllm.v1.worker.cpu.model_runner", "DeviceWorker"]] * 2
+    assert [answer["armed"] for answer in found["handshake"]] == [[1], [2]]
+    check_handshake(bench.config, found["handshake"], stages=2)
+    for (name, made), cold, warm in zip(staged.items(), found["answers"], found["warm"], strict=True):
+        bench.assert_answered(made, cold, name)
+        assert (cold.cached, warm.cached) == (0, BLOCK)
+        assert _difference(cold, warm) < 1e-4
+
+
+def test_what_would_have_to_know_of_another_stage_is_refused(pipelines: dict[str, dict[str, Any]]) -> None:
+    for name in ("rules", "gate"):
+        assert pipelines["both"][name] == f"ValueError: {STAGED}"
+
+
+@pytest.mark.parametrize(("layer", "case"), ALONE)
+def test_a_stage_without_an_armed_layer_hands_on_what_others_record(
+    pipelines: dict[str, dict[str, Any]], bench: Bench, staged: dict[str, Made], layer: int, case: str
+) -> None:
+    found = pipelines[f"layer {layer} alone"]
+    assert [name for _, name in found["running"]] == ["EngineWorker", "NoneType"][:: 1 if layer == 1 else -1]
+    check_handshake(replace(bench.config, armed=(layer,)), found["handshake"], stages=2)
+    with pytest.raises(HandshakeError, match=rf"the stages armed layers \[{layer}\], configured are \[1, 2\]"):
+        check_handshake(bench.config, found["handshake"], stages=2)
+    for name, answered in zip(("plain", case), found["answers"], strict=True):
+        bench.assert_answered(staged[name], answered, name)
 
 
 def test_batches_of_every_size_are_compared_where_they_may_go_other_ways() -> None:

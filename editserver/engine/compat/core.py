@@ -44,6 +44,11 @@ FORGETFUL = (
 )
 """What a request with either is told on such a server."""
 
+STAGED = (
+    "with pipeline parallelism, rules and gates over a sequence are not served: their evidence may lie at another stage"
+)
+"""Likewise on one whose layers are shared out."""
+
 
 class CoreState:
     """What one scheduler knows about edited requests."""
@@ -144,7 +149,10 @@ def _wrap_core(engine_core: Any) -> None:
             setattr(self, ABILITIES, None if config is None else abilities_of(self.vllm_config, config))
         _able(request, getattr(self, ABILITIES))
         prepared = original(self, request)
-        if whole_group(self.scheduler.kv_cache_config) is None and _listens(request.sampling_params):
+        listens = _listens(request.sampling_params)
+        if listens and self.vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError(STAGED)  # as below
+        if listens and whole_group(self.scheduler.kv_cache_config) is None:
             if self.vllm_config.speculative_config is not None:
                 raise ValueError(FORGETFUL)  # the API has refused it before, with a code
             prepared[0].skip_reading_prefix_cache = True  # nothing keeps what was heard along with the KV

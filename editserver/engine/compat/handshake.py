@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from editserver import __version__
+from editserver.engine.config import EngineConfig
 
 METHOD = "editserver_handshake"
 STATS = "editserver_stats"
@@ -14,15 +15,18 @@ STATS = "editserver_stats"
 def _handshake(self: Any) -> dict[str, Any]:
     """Run the model once on a dummy batch and report which armed layers' ops were really called.
 
+    ``armed``: the layers that this worker edits; of a pipeline's stage perhaps none.
     ``remembers``: whether the KV cache keeps every token of a request, and with it what gates and rules saw there.
     ``device``: what an engine of kernels can do, as ``Abilities.as_dict``; None where the CPU's edits.
     """
     from editserver.engine import op
+    from editserver.engine.compat import stages
     from editserver.engine.compat.kv_groups import whole_group
     from editserver.engine.compat.reserved import abilities_of
 
-    worker = op.current()
-    if worker is None:
+    worker, config, stage = op.current(), EngineConfig.of(self.vllm_config), stages.current()
+    silent: list[int] = []
+    if config is None or (worker is None and (stage is None or stage.armed)):
         return {
             "version": __version__,
             "ok": False,
@@ -30,16 +34,17 @@ def _handshake(self: Any) -> dict[str, Any]:
             "saes": [],
             "error": "no layer of this worker is armed",
         }
-    worker.count_visits()
-    self.model_runner._dummy_run(16)
+    if worker is not None:
+        worker.count_visits()
+        self.model_runner._dummy_run(16)
+        silent = [layer for layer, visits in worker.visits.items() if not visits]
     remembers = whole_group(self.model_runner.kv_cache_config) is not None
-    abilities = abilities_of(self.vllm_config, worker.config)
-    silent = [layer for layer, visits in worker.visits.items() if not visits]
+    abilities = abilities_of(self.vllm_config, config)
     return {
         "version": __version__,
         "ok": not silent,
-        "armed": list(worker.config.armed),
-        "saes": worker.dictionaries.digests,
+        "armed": [] if worker is None else list(worker.config.armed),
+        "saes": [source.digest for source in config.saes] if worker is None else worker.dictionaries.digests,
         "remembers": remembers,
         "device": None if abilities is None else replace(abilities, remembers=remembers).as_dict(),
         "error": f"the compiled model does not call the edit op of layers {silent}" if silent else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
     # llvmlite's module objects if they are there before it.
     from editserver.engine import op, splice
     from editserver.engine.choose import engine_for
-    from editserver.engine.compat import memory, parallel, v1_runner, v2_runner
+    from editserver.engine.compat import memory, parallel, stages, v1_runner, v2_runner
 
     llvmlite_guard.install()
     check_config(vllm_config)
@@ -69,26 +70,25 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
     names = list(vllm_config.compilation_config.static_forward_context)
     layers = splice.locate(model, text_config.num_hidden_layers, names)
     width = int(vllm_config.model_config.get_hidden_size())
+    stage = stages.stage_of(vllm_config, config.armed, tuple(layers))
+    stages.install(stage)
+    if stage is not None:
+        config = replace(config, armed=stage.armed)
     armed = splice.arm(layers, config.armed, width)
-    worker = engine_for(
-        config,
-        width,
-        vllm_config.model_config.dtype,
-        next(model.parameters()).device,
-        abilities_of(vllm_config, config),
-        int(vllm_config.scheduler_config.max_num_batched_tokens),
-        drafts_of(vllm_config),
-    )
-    op.install(worker)
-    memory.install(vllm_config)
-    parallel.install(vllm_config)
+    if armed:
+        worker = engine_for(
+            config,
+            width,
+            vllm_config.model_config.dtype,
+            next(model.parameters()).device,
+            abilities_of(vllm_config, config),
+            int(vllm_config.scheduler_config.max_num_batched_tokens),
+            drafts_of(vllm_config),
+        )
+        op.install(worker)
+        memory.install(vllm_config)
+        parallel.install(vllm_config)
     v2 = bool(vllm_config.use_v2_model_runner)
     signatures.check(signatures.V2_RELIED_ON if v2 else signatures.V1_RELIED_ON)
     (v2_runner if v2 else v1_runner).install(model, vllm_config)
-    logger.info(
-        "editserver: armed layers %s of %s, %d rows (%.0f MB)",
-        armed,
-        type(model).__name__,
-        config.bank_rows,
-        worker.bank.n_bytes / 1e6,
-    )
+    logger.info("editserver: armed layers %s of %s, %d rows", armed, type(model).__name__, config.bank_rows)

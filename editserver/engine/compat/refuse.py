@@ -25,8 +25,12 @@ def refusals(vllm_config: Any) -> list[str]:
             vllm_config.speculative_config is not None
             and (_drafter(vllm_config) != "ngram" or vllm_config.use_v2_model_runner)
         ),
-        "pipeline parallelism (--pipeline-parallel-size > 1; the last stage alone answers, so what earlier stages edit would "
-        "be in no receipt)": parallel.pipeline_parallel_size > 1,
+        "pipeline parallelism on the V1 model runner (--pipeline-parallel-size > 1; proven on V2)": (
+            parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner
+        ),
+        "pipeline and tensor parallelism together (--pipeline-parallel-size and --tensor-parallel-size > 1)": (
+            parallel.pipeline_parallel_size > 1 and parallel.tensor_parallel_size > 1
+        ),
         "data parallelism of a mixture of experts (--data-parallel-size > 1; its engines run in step)": bool(
             parallel.data_parallel_size > 1 and model.is_moe
         ),

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from editserver.engine.batch import BlockTable
+from editserver.engine.compat import stages
 from editserver.engine.compat.core import SLOTS, payload_of
 from editserver.engine.compat.kv_groups import whole_group
 from editserver.engine.engine import Engine, Records
 from editserver.engine.wire import KEY
+from interventions.program import Payload
 
 
 def block_table(kv_cache_config: Any, table: Callable[[int], tuple[torch.Tensor, int]]) -> BlockTable | None:
@@ -43,27 +45,41 @@ def attach(
         worker.attach(BlockTable(blocks, block_size, n_slots(kv_cache_config, group)), slot_mapping)
 
 
-def admit(worker: Engine, new: Any) -> None:
+def admit(worker: Engine | None, new: Any) -> None:
     """A request that is scheduled for the first time, or sent again: vLLM's ``NewRequestData`` (vllm/v1/core/sched/output.py:40).
 
     The V2 family forgets preempted requests and has them sent again, with the tokens that they had generated behind their
     prompt in ``prefill_token_ids``: those are known tokens, and not prompt.
     """
+    remove(worker, new.req_id)  # an id may come back without a program
     payload, prompt = payload_of(new.sampling_params), new.prompt_token_ids
     if payload is None:
-        worker.remove_request(new.req_id)  # an id may come back without a program
         return
     slots = list(new.sampling_params.extra_args[SLOTS])
-    worker.add_request(new.req_id, payload, slots, len(prompt), new.prefill_token_ids or prompt)
+    own: Payload | None = payload
+    if (stage := stages.current()) is not None:
+        own, slots = stage.admit(new.req_id, payload, slots)
+    if worker is not None and own is not None:
+        worker.add_request(new.req_id, own, slots, len(prompt), new.prefill_token_ids or prompt)
 
 
-def report(worker: Engine, output: Any) -> Any:
+def remove(worker: Engine | None, request_id: str) -> None:
+    """A request that is gone, finished or preempted."""
+    if (stage := stages.current()) is not None:
+        stage.forget(request_id)
+    if worker is not None:
+        worker.remove_request(request_id)
+
+
+def report(worker: Engine | None, output: Any) -> Any:
     """The step's ``output`` with the records of what was done in it, by request id, as attribute ``KEY``.
 
     Where the runner answers before the device is done (``AsyncModelRunnerOutput``, vllm/v1/outputs.py:354), the output that
     is waited for has them.
     """
-    records = worker.finish()
+    records = worker.finish() if worker is not None else None
+    if (stage := stages.current()) is not None:
+        records = stage.joined(records)
     if records is None:
         return output
     if hasattr(output, "get_output"):

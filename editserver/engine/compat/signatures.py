@@ -56,6 +56,11 @@ V2_RELIED_ON: Relied = {
     f"{_STATE}.preprocess_state": ("self", "input_batch", "block_tables", "kv_cache_config"),
     f"{_STATE}.prepare_inputs": ("self", "input_batch", "req_states"),
     f"{_STATE}.prepare_dummy_inputs": ("self", "num_reqs", "num_tokens"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": (
+        "self",
+        "scheduler_output",
+        "intermediate_tensors",
+    ),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": ("self", "grammar_output"),
     "vllm.v1.worker.gpu.input_batch:InputBatch": frozenset(
         (

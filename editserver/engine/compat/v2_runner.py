@@ -10,7 +10,8 @@ the one it would have had, and listens. In the order of a step (``execute_model`
   request slots that are somebody's): nothing may be edited;
 * ``prepare_dummy_inputs`` stands for it where CUDA graphs are captured.
 
-``GPUModelRunner.sample_tokens`` (:2088) returns the step's output, to which the records are attached.
+``GPUModelRunner.sample_tokens`` (:2088) returns the step's output, to which the records are attached. In a pipeline, what
+``execute_model`` is given and returns besides carries those of earlier stages (``stages``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from editserver.engine import op
 from editserver.engine.batch import BlockTable, StepBatch
 from editserver.engine.compat import runner as adapter
+from editserver.engine.compat import stages
 from editserver.engine.splice import UnsupportedModel
 
 
@@ -56,13 +58,11 @@ def listening(base: type[Any]) -> type[Any]:
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            if (worker := op.current()) is not None:
-                adapter.admit(worker, new_req_data)
+            adapter.admit(op.current(), new_req_data)
 
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)
-            if (worker := op.current()) is not None:
-                worker.remove_request(req_id)
+            adapter.remove(op.current(), req_id)
 
         def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
             super().initialize_kv_cache(kv_cache_config, block_tables)
@@ -114,12 +114,23 @@ def install(model: torch.nn.Module, vllm_config: Any) -> None:
     if hasattr(GPUModelRunner, "editserver"):
         return
     GPUModelRunner.editserver = True
-    sample_tokens = GPUModelRunner.sample_tokens
+    execute_model, sample_tokens = GPUModelRunner.execute_model, GPUModelRunner.sample_tokens
+
+    @functools.wraps(execute_model)
+    def _execute_model(
+        self: Any, scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        stage = stages.current()
+        if stage is not None:
+            stage.receive(None if intermediate_tensors is None else intermediate_tensors.tensors)
+        output = execute_model(self, scheduler_output, intermediate_tensors, *args, **kwargs)
+        if stage is not None and hasattr(output, "tensors"):
+            return type(output)(stage.send(op.current(), output.tensors))
+        return output
 
     @functools.wraps(sample_tokens)
     def _sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = sample_tokens(self, *args, **kwargs)
-        worker = op.current()
-        return output if worker is None else adapter.report(worker, output)
+        return adapter.report(op.current(), sample_tokens(self, *args, **kwargs))
 
+    GPUModelRunner.execute_model = _execute_model
     GPUModelRunner.sample_tokens = _sample_tokens
