@@ -111,12 +111,10 @@ def test_an_entity_is_mapped_to_what_unknown_ones_are(server, client, tmp_path) 
     assert moved["before"]["value"] > 0.5
     assert moved["after"]["value"] < moved["before"]["value"]
     assert measured["recall"]["target"]["before"]["n"] == measured["recall"]["others"]["before"]["n"] == 2
-    others = [a for a in report["answers"] if a["entity"] != "Albert Einstein"]
-    assert all(a["edited"]["2"] == a["unedited"] for a in others)  # no mention, no edit
-    answer = client.chat(
-        "Who was Albert Einstein?", interventions=[{"type": "remap", "map": "no-einstein"}], temperature=0, max_tokens=4
-    )
-    assert answer.receipt.receipt[0].fired >= 1
+    assert {a["entity"] for a in report["answers"]} == {"Albert Einstein", "Isaac Newton", "Charles Darwin"}
+    asked = {"interventions": [{"type": "remap", "map": "no-einstein"}], "temperature": 0, "max_tokens": 4}
+    assert client.chat("Who was Albert Einstein?", **asked).receipt.receipt[0].fired >= 1
+    assert client.chat("Who was Charles Darwin?", **asked).receipt.receipt[0].tokens_edited == 0, "no mention, no edit"
 
 
 def test_a_server_side_mistake_is_named_with_its_option(server) -> None:

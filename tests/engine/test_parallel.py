@@ -69,10 +69,10 @@ def two_ranks(
         "by themselves": "agrees",
         "answers": batch,
         "records": "records_digest",
-        "warm": batch,
-        "crossed": crossed,
-        "crossed again": crossed,
-        "warm records": "records_digest",
+    }
+    if request.param == "V1":  # whose prefix it is, is the core's business, and interpreted kernels take their time
+        steps |= {"warm": batch, "crossed": crossed, "crossed again": crossed, "warm records": "records_digest"}
+    steps |= {
         "rounded": "round_off",
         "rounded is equal": "prove",
         "rounded follow": "agrees",
@@ -102,11 +102,12 @@ def test_two_ranks_hold_the_same_stream_and_record_the_same_bytes(two_ranks: dic
     assert two_ranks["by themselves"] == [False, False], (
         "what shared memory sums for two ranks is equal: no need to agree"
     )
-    for name in ("records", "warm records"):
+    for name in two_ranks.keys() & {"records", "warm records"}:
         first, second = two_ranks[name]
         assert first == second
 
 
+@pytest.mark.parametrize("two_ranks", ["V1"], indirect=True)
 def test_two_ranks_share_prefixes_of_equal_edits_alone(two_ranks: dict[str, Any]) -> None:
     warm: list[Answered] = two_ranks["warm"]
     cold: list[Answered] = two_ranks["answers"]

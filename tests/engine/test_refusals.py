@@ -175,7 +175,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"speculative_config": {"method": "custom_class", "model": "drafters.Mine", "num_speculative_tokens": 2}},
         "speculative decoding by custom_class (only ngram, on the V1 model runner, is proven)",
     ),
-    "pipeline parallelism": ({"pipeline_parallel_size": 2}, "pipeline parallelism (--pipeline-parallel-size > 1; "),
+    "pipeline parallelism": (
+        {"pipeline_parallel_size": 2},
+        "pipeline parallelism on the V1 model runner (--pipeline-parallel-size > 1; ",
+    ),
     "decode context parallelism": (
         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
         "decode context parallelism",
@@ -214,6 +217,15 @@ def test_ngram_speculation_is_accepted_on_the_v1_runner_alone(
 )
 def test_what_is_proven_on_a_cpu_is_accepted(configure: Callable[..., Any], arguments: dict[str, Any]) -> None:
     assert refusals(configure(**arguments)) == []
+
+
+def test_stages_are_accepted_on_the_v2_runner_and_of_one_rank_each(configure: Callable[..., Any]) -> None:
+    vllm_config = configure()
+    for ranks, wanted in ((1, []), (2, ["pipeline and tensor parallelism together ("])):
+        fields = {"pipeline_parallel_size": 2, "tensor_parallel_size": ranks}
+        parallel = _Changed(vllm_config.parallel_config, fields)
+        staged = _Changed(vllm_config, {"use_v2_model_runner": True, "parallel_config": parallel})
+        assert [name.partition("(")[0] + "(" for name in refusals(staged)] == wanted
 
 
 def test_engines_that_run_in_step_are_refused_by_name(configure: Callable[..., Any]) -> None:
