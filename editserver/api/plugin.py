@@ -141,7 +141,7 @@ class EditserverEndpoint:
 def check_handshake(config: EngineConfig, answers: list[Any], stages: int = 1) -> None:
     """Raise :class:`HandshakeError` unless every worker is armed as configured and runs this version.
 
-    The workers of ``stages > 1`` are armed at their own layers, each of them at one worker.
+    The workers of ``stages > 1`` are armed at their own layers, each layer at all ranks of one stage.
     """
     if not answers:
         raise HandshakeError("no worker answered the handshake: is editserver installed where the workers run?")
@@ -162,7 +162,7 @@ def check_handshake(config: EngineConfig, answers: list[Any], stages: int = 1) -
             problems.append("its SAEs have other contents than this process reads")
         if problems:
             raise HandshakeError(f"worker {rank} cannot edit: {'; '.join(problems)}")
-    if stages > 1 and sorted(armed) != list(config.armed):
+    if stages > 1 and sorted(armed) != sorted(config.armed * (len(answers) // stages)):
         raise HandshakeError(f"the stages armed layers {sorted(armed)}, configured are {list(config.armed)}")
 
 

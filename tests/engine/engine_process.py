@@ -157,6 +157,16 @@ class Extension:
 
         op.current().agree = None
 
+    def break_down(self) -> None:
+        """From now on, this worker fails when it has records to make, unless it is the one that answers."""
+        from editserver.engine import op
+
+        def finish() -> Any:
+            raise RuntimeError("broken")
+
+        if self.rank:
+            op.current().finish = finish
+
     def watch(self) -> None:
         """Keep the stream before and behind every armed layer's op, from now on."""
         from editserver.engine import op

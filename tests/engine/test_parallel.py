@@ -14,7 +14,6 @@ import torch
 
 from editserver.api.plugin import HandshakeError, check_handshake
 from editserver.engine.compat.core import STAGED
-from editserver.engine.compat.parallel import sizes
 from tests.engine.engine_process import BLOCK, Answered, Start, run
 from tests.engine.tiny import write_model
 from tests.engine.tiny_cases import STEER, Bench, Made, features, prompt_of
@@ -83,6 +82,8 @@ def two_ranks(
         "alone records": "records_digest",
         "shares": "share",
         "shares proven": "prove",
+        "breaking": "break_down",
+        "broken": batch,
     }
     config = replace(bench.config, engine="device" if engine == "DeviceWorker" else "auto")
     start = Start(str(model), config.as_dict(), list(steps.values()), {"tensor_parallel_size": 2})
@@ -140,6 +141,10 @@ def test_layers_that_return_each_ranks_share_are_refused_by_name(two_ranks: dict
     assert "layers concerned: [1, 2]" in said
 
 
+def test_a_rank_that_fails_fails_the_engine_though_another_one_answers(two_ranks: dict[str, Any]) -> None:
+    assert isinstance(two_ranks["broken"], str), "what was raised"
+
+
 # -- pipelines ------------------------------------------------------------------------------------------------------
 
 ALONE = ((1, "thresholds"), (2, "steer"))
@@ -164,7 +169,8 @@ def staged(bench: Bench, cases: dict[str, Made]) -> dict[str, Made]:
 def pipelines(
     model: Path, bench: Bench, cases: dict[str, Made], staged: dict[str, Made], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """Two stages on the V2 runner, layers 0 and 1, and 2 and 3, edited by the device's engine; and each armed alone."""
+    """Two stages on the V2 runner, layers 0 and 1, and 2 and 3, edited by the device's engine; and each armed alone, and
+    with two ranks each, by the CPU's."""
     batch = [made.asked for made in staged.values()]
     steps: dict[str, Any] = {
         "running": "running",
@@ -180,8 +186,11 @@ def pipelines(
         config = replace(bench.config, armed=(layer,)).as_dict()
         alone = ["running", "editserver_handshake", [staged["plain"].asked, staged[case].asked]]
         starts.append(Start(str(model), config, alone, two))
+    starts.append(
+        Start(str(model), bench.config.as_dict(), list(steps.values())[:3], two | {"tensor_parallel_size": 2})
+    )
     found = run(starts, tmp_path_factory.mktemp("stages"), v2=True)
-    names = ("both", *(f"layer {layer} alone" for layer, _ in ALONE))
+    names = ("both", *(f"layer {layer} alone" for layer, _ in ALONE), "two ranks each")
     return {name: dict(zip(steps, results, strict=False)) for name, results in zip(names, found, strict=True)}
 
 
@@ -196,6 +205,16 @@ def test_two_stages_answer_as_the_reference_does(
         bench.assert_answered(made, cold, name)
         assert (cold.cached, warm.cached) == (0, BLOCK)
         assert _difference(cold, warm) < 1e-4
+
+
+def test_stages_of_two_ranks_each_answer_as_the_reference_does(
+    pipelines: dict[str, dict[str, Any]], bench: Bench, staged: dict[str, Made]
+) -> None:
+    found = pipelines["two ranks each"]
+    assert [answer["armed"] for answer in found["handshake"]] == [[1], [1], [2], [2]]
+    check_handshake(bench.config, found["handshake"], stages=2)
+    for (name, made), answered in zip(staged.items(), found["answers"], strict=True):
+        bench.assert_answered(made, answered, name)
 
 
 def test_what_would_have_to_know_of_another_stage_is_refused(pipelines: dict[str, dict[str, Any]]) -> None:
@@ -214,12 +233,6 @@ def test_a_stage_without_an_armed_layer_hands_on_what_others_record(
         check_handshake(bench.config, found["handshake"], stages=2)
     for name, answered in zip(("plain", case), found["answers"], strict=True):
         bench.assert_answered(staged[name], answered, name)
-
-
-def test_batches_of_every_size_are_compared_where_they_may_go_other_ways() -> None:
-    assert sizes(8192, on_device=False) == [1, 16, 61]
-    assert sizes(8, on_device=False) == [1, 8]
-    assert sizes(6000, on_device=True) == [1, 16, 61, 256, 1024, 4096, 6000]
 
 
 def _difference(one: Answered, other: Answered) -> float:

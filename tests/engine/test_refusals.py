@@ -219,13 +219,18 @@ def test_what_is_proven_on_a_cpu_is_accepted(configure: Callable[..., Any], argu
     assert refusals(configure(**arguments)) == []
 
 
-def test_stages_are_accepted_on_the_v2_runner_and_of_one_rank_each(configure: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("backend", ["mp", "ray"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stages_are_accepted_on_the_v2_runner_in_processes_of_vllms_own(
+    configure: Callable[..., Any], ranks: int, backend: str
+) -> None:
     vllm_config = configure()
-    for ranks, wanted in ((1, []), (2, ["pipeline and tensor parallelism together ("])):
-        fields = {"pipeline_parallel_size": 2, "tensor_parallel_size": ranks}
-        parallel = _Changed(vllm_config.parallel_config, fields)
-        staged = _Changed(vllm_config, {"use_v2_model_runner": True, "parallel_config": parallel})
-        assert [name.partition("(")[0] + "(" for name in refusals(staged)] == wanted
+    fields = {"pipeline_parallel_size": 2, "tensor_parallel_size": ranks, "distributed_executor_backend": backend}
+    parallel = _Changed(vllm_config.parallel_config, fields)
+    found = refusals(_Changed(vllm_config, {"use_v2_model_runner": True, "parallel_config": parallel}))
+    assert [name.partition(" (")[0] for name in found] == (
+        [] if backend == "mp" else ["pipeline parallelism through ray"]
+    )
 
 
 def test_engines_that_run_in_step_are_refused_by_name(configure: Callable[..., Any]) -> None:

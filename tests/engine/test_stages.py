@@ -102,7 +102,7 @@ class Recording:
 
 
 def test_records_travel_with_the_hidden_states_and_nothing_of_a_step_comes_with_the_next() -> None:
-    stages = [Stage((1, 3)), Stage(()), Stage((6,))]
+    stages = [Stage((0, 1, 3)), Stage(()), Stage((6,))]
     other = payload_of((3,), ())
     for stage in stages:
         stage.admit("r", PAYLOAD, range(len(PAYLOAD.row_keys)))
@@ -129,13 +129,27 @@ def test_records_travel_with_the_hidden_states_and_nothing_of_a_step_comes_with_
     assert stages[2].joined(None) is None
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_whole_records_are_sent_and_never_ranks_shares_of_them(ranks: int) -> None:
+    stage, lengths = Stage((1,), ranks), set()
+    for n in range(1, 9):
+        made: Any = Recording({"r" * n: record((1,), (), n=n)})
+        stage.admit("r" * n, PAYLOAD, range(len(PAYLOAD.row_keys)))
+        sent = stage.send(made, {})
+        lengths.add(len(sent[KEY]) % ranks)
+        stage.receive(sent)
+        assert [(part.request_id, part.record.n) for part in stage._earlier] == [("r" * n, n)]
+        stage.receive(None)
+    assert (0 in lengths) == (ranks == 1)
+
+
 def test_what_is_sent_is_data_and_never_code() -> None:
-    with pytest.raises(msgspec.DecodeError):
-        Stage(()).receive({KEY: torch.frombuffer(bytearray(pickle.dumps([])), dtype=torch.uint8)})
+    with pytest.raises(msgspec.MsgspecError):
+        Stage(()).receive({KEY: torch.frombuffer(bytearray(b"\0" + pickle.dumps([])), dtype=torch.uint8)})
 
 
 @pytest.mark.parametrize(("size", "armed"), [(1, None), (2, (1, 3))])
 def test_a_worker_arms_those_of_the_configured_layers_that_it_has(size: int, armed: tuple[int, ...] | None) -> None:
-    config = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=size))
+    config = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=size, tensor_parallel_size=2))
     stage = stage_of(config, (1, 3, 6), tuple(FIRST))
     assert (None if stage is None else stage.armed) == armed

@@ -36,7 +36,7 @@ def _handshake(self: Any) -> dict[str, Any]:
         }
     if worker is not None:
         worker.count_visits()
-        self.model_runner._dummy_run(16)
+        self.model_runner._dummy_run(min(16, int(self.vllm_config.scheduler_config.max_num_batched_tokens)))
         silent = [layer for layer, visits in worker.visits.items() if not visits]
     remembers = whole_group(self.model_runner.kv_cache_config) is not None
     abilities = abilities_of(self.vllm_config, config)

@@ -87,7 +87,7 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
         )
         op.install(worker)
         memory.install(vllm_config)
-        parallel.install(vllm_config)
+    parallel.install(vllm_config)
     v2 = bool(vllm_config.use_v2_model_runner)
     signatures.check(signatures.V2_RELIED_ON if v2 else signatures.V1_RELIED_ON)
     (v2_runner if v2 else v1_runner).install(model, vllm_config)

@@ -15,6 +15,7 @@ and so could decisions. Every worker therefore proves at its start, before ``com
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,10 +24,15 @@ import torch
 
 from editserver.engine import op
 from editserver.engine.compat import handshake, signatures
+from editserver.engine.config import EngineConfig
 from editserver.engine.splice import UnsupportedModel
+
+logger = logging.getLogger("vllm.editserver")
 
 RELIED_ON: signatures.Relied = {
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": ("self",),
+    "vllm.v1.worker.gpu_worker:Worker.execute_model": ("self", "scheduler_output"),
+    "vllm.v1.worker.gpu_worker:Worker.sample_tokens": ("self", "grammar_output"),
     "vllm.distributed.device_communicators.base_device_communicator:DeviceCommunicatorBase.broadcast": (
         "self",
         "tensor",
@@ -43,10 +49,11 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 
 
 def take_rank_zeros(h: torch.Tensor) -> None:
-    """Overwrite ``h``, contiguous, with what TP rank 0 has there; a collective of all ranks, on the current stream."""
+    """Overwrite ``h``, contiguous, with what TP rank 0 has there; a collective of all ranks, on the current stream, which may
+    be captured."""
     from vllm.distributed.parallel_state import get_tp_group
 
-    get_tp_group().device_communicator.broadcast(h, 0)
+    get_tp_group().device_communicator.broadcast(h.view(torch.uint8), 0)
 
 
 def sizes(most: int, on_device: bool) -> list[int]:
@@ -55,15 +62,30 @@ def sizes(most: int, on_device: bool) -> list[int]:
     return sorted({min(n, most) for n in (*BATCHES, *beyond)})
 
 
+ROWS = 256
+"""Tokens that are filled in and compared at a time: the KV cache has most of the memory by now."""
+
+
 @contextmanager
-def _random_tokens(model: torch.nn.Module, vocabulary: int, seed: int) -> Iterator[None]:
-    """Whatever ``model`` is run with, its tokens are random: the same on every rank."""
+def _random_inputs(model: torch.nn.Module, vocabulary: int, seed: int) -> Iterator[None]:
+    """Whatever ``model`` is run with, it is random, and the same on every rank: its tokens, or their embeddings (models of
+    several modalities), and what an earlier stage hands it. No token is padding, which mixtures of experts pass over."""
 
     def exchange(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        ids = kwargs.get("input_ids")
-        if ids is not None:
-            made = torch.randint(0, vocabulary, ids.shape, generator=torch.Generator().manual_seed(seed))
-            kwargs = kwargs | {"input_ids": made.to(ids)}
+        from vllm.forward_context import get_forward_context
+
+        padding = getattr(get_forward_context(), "is_padding", None)
+        if padding is not None:
+            padding.fill_(False)
+        random = torch.Generator().manual_seed(seed)
+        if (ids := kwargs.get("input_ids")) is not None:
+            kwargs = kwargs | {"input_ids": torch.randint(0, vocabulary, ids.shape, generator=random).to(ids)}
+        states = kwargs.get("intermediate_tensors")
+        streams = [kwargs.get("inputs_embeds"), *(states.tensors.values() if states is not None else ())]
+        for stream in streams:  # in place, in the runner's own buffers
+            for first in range(0, len(stream) if stream is not None else 0, ROWS):
+                part = stream[first : first + ROWS]
+                part.copy_(torch.randn(part.shape, generator=random))
         return args, kwargs
 
     handle = model.register_forward_pre_hook(exchange, with_kwargs=True)
@@ -73,24 +95,51 @@ def _random_tokens(model: torch.nn.Module, vocabulary: int, seed: int) -> Iterat
         handle.remove()
 
 
+def _difference(hidden: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype) -> float:
+    """The largest ||h − h_0|| / ||h_0|| of a token, h being this rank's stream and h_0 rank 0's; 0.0: no bit differs.
+
+    A collective of all ranks. Raises UnsupportedModel, on all of them, where rank 0's is zero: nothing would be compared.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    worst, something = 0.0, False
+    for first in range(0, len(hidden), ROWS):
+        own = hidden[first : first + ROWS].float()
+        if residual is not None:
+            own = (
+                own + residual[first : first + ROWS].float()
+            )  # not in place: float() of a float is the layer's own tensor
+        own = own.to(dtype)
+        other = own.clone()
+        get_tp_group().broadcast(other.view(torch.uint8), 0)
+        something = something or bool(other.any())
+        if not torch.equal(own.view(torch.uint8), other.view(torch.uint8)):
+            distance = (own.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1).clamp_min(1e-30)
+            worst = max(worst, float(distance.nan_to_num(nan=torch.inf).max().clamp_min(1e-30)))
+    if not something:
+        raise UnsupportedModel("a batch of random tokens leaves the residual stream zero: its ranks cannot be compared")
+    return worst
+
+
 @contextmanager
-def _streams_of(engine: Any) -> Iterator[dict[int, torch.Tensor]]:
-    """Layer → ``h`` as its op sees it, dtype of the model, while nothing is edited."""
-    seen: dict[int, torch.Tensor] = {}
+def _compared(engine: Any, worst: dict[int, float]) -> Iterator[set[int]]:
+    """While this lasts nothing is edited: at every armed layer the ranks' streams are compared, and ``worst`` is brought up
+    to date. The layers that ran."""
+    ran: set[int] = set()
 
     def run(layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        stream = hidden.float() if residual is None else hidden.float() + residual.float()
-        seen[layer] = stream.to(engine.dtype)
+        worst[layer] = max(worst.get(layer, 0.0), _difference(hidden, residual, engine.dtype))
+        ran.add(layer)
 
     engine.run = run
     try:
-        yield seen
+        yield ran
     finally:
         del engine.run
 
 
 def differences(runner: Any, engine: Any) -> dict[int, float]:
-    """Layer → the largest relative difference between this rank's ``h`` and rank 0's, over :func:`sizes`; 0.0: no bit differs.
+    """Layer → :func:`_difference` over random batches of :func:`sizes`.
 
     A collective of all ranks. No graph may have been captured: what it replays calls nobody.
     """
@@ -100,53 +149,88 @@ def differences(runner: Any, engine: Any) -> dict[int, float]:
     most = int(runner.scheduler_config.max_num_batched_tokens)
     for seed, n in enumerate(sizes(most, runner.device.type != "cpu")):
         with (
-            _random_tokens(runner.get_model(), runner.model_config.get_vocab_size(), seed),
-            _streams_of(engine) as seen,
+            _random_inputs(runner.get_model(), runner.model_config.get_vocab_size(), seed),
+            _compared(engine, worst) as ran,
         ):
             # V1: without attention, what it returns is not initialised. V2 runs it always, and takes no notice of either.
             runner._dummy_run(n, force_attention=True, cudagraph_runtime_mode=CUDAGraphMode.NONE)
-        if missed := set(engine.config.armed) - seen.keys():
+        if missed := set(engine.config.armed) - ran:
             raise UnsupportedModel(f"the model does not call the edit op of layers {sorted(missed)}")
-        for layer, own in sorted(seen.items()):
-            other = own.clone()
-            take_rank_zeros(other)
-            found = 0.0
-            if not torch.equal(own.view(torch.uint8), other.view(torch.uint8)):
-                distance = (own.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1).clamp_min(1e-30)
-                found = float(distance.nan_to_num(nan=torch.inf).max().clamp_min(1e-30))
-            worst[layer] = max(found, worst.get(layer, 0.0))
     return worst
 
 
 def prove(runner: Any, engine: Any) -> bool:
-    """Whether this rank and all others hold the same ``h``, bit by bit, at every armed layer; a collective of all ranks.
+    """Whether this rank and all others hold the same ``h``, bit by bit, at every armed layer; a collective of all workers.
 
-    ``engine.agree`` is set to what its steps need. Raises UnsupportedModel, on all ranks, where a layer returns shares.
+    ``engine.agree`` is set to what its steps need; ``engine`` is None where a stage of a pipeline has no armed layer. Ranks of
+    one stage have to agree where those of any other do: what it hands on differs, too.
+
+    Raises:
+        UnsupportedModel: on all workers, where a layer returns shares, or ranks have to agree and cannot.
     """
-    from vllm.distributed.parallel_state import get_tp_group
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
-    group = get_tp_group()
-    if group.world_size == 1:
+    ranks = get_tp_group().world_size
+    if ranks == 1:
         return True
-    found: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(found, differences(runner, engine), group=group.cpu_group)
-    worst = {layer: max(by_layer[layer] for by_layer in found) for layer in found[0]}
-    bound = ROUNDING.get(engine.dtype, 0.0)
+    worst = {} if engine is None else differences(runner, engine)
+    for group in (get_tp_group(), get_pp_group()):
+        found: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(found, worst, group=group.cpu_group)
+        layers = sorted({layer for one in found for layer in one})
+        worst = {layer: max(one.get(layer, 0.0) for one in found) for layer in layers}
+    bound = ROUNDING.get(runner.model_config.dtype, 0.0)
     if broken := {layer: value for layer, value in worst.items() if value > bound}:
         layer, value = max(broken.items(), key=lambda item: item[1])
         raise UnsupportedModel(
-            f"with --tensor-parallel-size {group.world_size}, what layer {layer} returns differs between ranks by "
-            f"{value:.2g} of its norm: it is not the residual stream, but each rank's share of it. Start with "
-            f"--tensor-parallel-size 1 (layers concerned: {sorted(broken)})"
+            f"with --tensor-parallel-size {ranks}, what layer {layer} returns differs between ranks by {value:.2g} of its norm: "
+            "it is not the residual stream, but each rank's share of it. Start with --tensor-parallel-size 1 (layers "
+            f"concerned: {sorted(broken)})"
         )
     equal = not any(worst.values())
-    engine.agree = None if equal else take_rank_zeros
+    if not equal:
+        try:
+            take_rank_zeros(torch.zeros(1, device=runner.device))
+        except ValueError as error:  # all ranks are started with the same settings
+            raise UnsupportedModel(
+                f"the residual stream is rounded differently on the ranks of --tensor-parallel-size {ranks}, so they have to take "
+                f"rank 0's, and this start has no broadcast that can be captured: {error} (is VLLM_DISABLE_PYNCCL set?)"
+            ) from error
+    if engine is not None:
+        engine.agree = None if equal else take_rank_zeros
     return equal
 
 
+def _heard(method: Any) -> Any:
+    """``method`` of a worker, whose exceptions end its process where it is not the one that answers.
+
+    vLLM hears of those of the answering worker alone (vllm/v1/executor/multiproc_executor.py:1048), and goes on after the
+    others': a rank that is not in step with its neighbours. It does hear of processes that end.
+    """
+
+    @functools.wraps(method)
+    def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception:
+            if EngineConfig.of(self.vllm_config) is None or _answers():
+                raise
+            logger.exception("editserver: this worker failed, and nobody but its process can say so")
+            raise SystemExit(1) from None
+
+    return heard
+
+
+def _answers() -> bool:
+    """Whether this worker's outputs are the engine's."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    return bool(get_pp_group().is_last_rank and get_tp_group().rank_in_group == 0)
+
+
 def install(vllm_config: Any) -> None:
-    """Have the worker's class prove what :func:`prove` says, and, once it is started up, that it is armed (called in the
-    worker when its model has been armed)."""
+    """Have the worker's class prove what :func:`prove` says and, once it is started up, that it is armed; and fail for all to
+    hear (called in the worker when its model has been armed)."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     signatures.check(RELIED_ON)
@@ -157,17 +241,17 @@ def install(vllm_config: Any) -> None:
 
     @functools.wraps(original)
     def compile_or_warm_up_model(self: Any) -> Any:
-        engine = op.current()
-        if engine is not None:
+        engine, configured = op.current(), EngineConfig.of(self.vllm_config) is not None
+        if configured:
             prove(self.model_runner, engine)
         times = original(self)
-        if engine is not None:
-            answer = getattr(
-                self, handshake.METHOD
-            )()  # the API process asks the workers of one data-parallel engine only
+        if configured:  # the API process asks the workers of one data-parallel engine only
+            answer = getattr(self, handshake.METHOD)()
             if not answer["ok"]:
                 raise UnsupportedModel(answer["error"])
         return times
 
     compile_or_warm_up_model.editserver = True  # type: ignore[attr-defined]
     worker_class.compile_or_warm_up_model = compile_or_warm_up_model
+    for name in ("execute_model", "sample_tokens"):
+        setattr(worker_class, name, _heard(getattr(worker_class, name)))

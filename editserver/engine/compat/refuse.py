@@ -28,8 +28,8 @@ def refusals(vllm_config: Any) -> list[str]:
         "pipeline parallelism on the V1 model runner (--pipeline-parallel-size > 1; proven on V2)": (
             parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner
         ),
-        "pipeline and tensor parallelism together (--pipeline-parallel-size and --tensor-parallel-size > 1)": (
-            parallel.pipeline_parallel_size > 1 and parallel.tensor_parallel_size > 1
+        f"pipeline parallelism through {_executor(parallel)} (pass --distributed-executor-backend mp)": (
+            parallel.pipeline_parallel_size > 1 and _executor(parallel) != "mp"
         ),
         "data parallelism of a mixture of experts (--data-parallel-size > 1; its engines run in step)": bool(
             parallel.data_parallel_size > 1 and model.is_moe
@@ -68,6 +68,12 @@ def refusals(vllm_config: Any) -> list[str]:
 def _drafter(vllm_config: Any) -> str | None:
     """The method of ``--speculative-config``."""
     return getattr(vllm_config.speculative_config, "method", None)
+
+
+def _executor(parallel: Any) -> str:
+    """Who runs the workers: "mp", "ray", …"""
+    backend = parallel.distributed_executor_backend
+    return str(getattr(backend, "__name__", backend))
 
 
 def check_config(vllm_config: Any) -> None:

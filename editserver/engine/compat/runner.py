@@ -51,9 +51,9 @@ def admit(worker: Engine | None, new: Any) -> None:
     The V2 family forgets preempted requests and has them sent again, with the tokens that they had generated behind their
     prompt in ``prefill_token_ids``: those are known tokens, and not prompt.
     """
-    remove(worker, new.req_id)  # an id may come back without a program
     payload, prompt = payload_of(new.sampling_params), new.prompt_token_ids
     if payload is None:
+        remove(worker, new.req_id)  # an id may come back without a program
         return
     slots = list(new.sampling_params.extra_args[SLOTS])
     own: Payload | None = payload
@@ -61,6 +61,8 @@ def admit(worker: Engine | None, new: Any) -> None:
         own, slots = stage.admit(new.req_id, payload, slots)
     if worker is not None and own is not None:
         worker.add_request(new.req_id, own, slots, len(prompt), new.prefill_token_ids or prompt)
+    elif worker is not None:
+        worker.remove_request(new.req_id)
 
 
 def remove(worker: Engine | None, request_id: str) -> None:

@@ -6,7 +6,8 @@ are refused. What a stage records goes on to the next one beside the hidden stat
 last stage, which alone answers (vllm/v1/executor/multiproc_executor.py:345), joins all records of a request to the one that a
 single worker would have made.
 
-Every stage but the last waits for its own records before it hands on: one wait per step.
+Every stage but the last waits for its own records before it hands on, and every stage but the first for those before it: the
+host's work is not ahead of the device's there.
 """
 
 from __future__ import annotations
@@ -75,15 +76,33 @@ def _parts_of(records: Records, reads: Mapping[str, tuple[int, ...]]) -> list[Pa
     return [Part(name, reads[name], record) for name, record in records.items()]
 
 
+def _packed(parts: list[Part], ranks: int) -> torch.Tensor:
+    """uint8, on the host: the padding's length, the parts, the padding.
+
+    No multiple of ``ranks``: of such a tensor vLLM would send each rank's share alone, and gather it on the device
+    (``GroupCoordinator._should_use_all_gather``).
+    """
+    encoded = msgspec.msgpack.encode(parts)
+    padding = int(ranks > 1 and (len(encoded) + 1) % ranks == 0)
+    return torch.frombuffer(bytearray(bytes([padding]) + encoded + bytes(padding)), dtype=torch.uint8)
+
+
+def _unpacked(sent: torch.Tensor) -> list[Part]:
+    data = sent.numpy().tobytes()
+    return _parts.decode(data[1 : len(data) - data[0]])
+
+
 @dataclass
 class Stage:
     """One worker's place in the pipeline.
 
     Attributes:
         armed: the configured layers that lie here.
+        ranks: of tensor parallelism, of each stage; all of them record the same, and hand it on.
     """
 
     armed: tuple[int, ...]
+    ranks: int = 1
     _payloads: dict[str, Payload] = field(default_factory=dict)
     _reads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _earlier: list[Part] = field(default_factory=list)
@@ -105,7 +124,7 @@ class Stage:
     def receive(self, tensors: dict[str, Any] | None) -> None:
         """Take the earlier stages' records of the step that follows out of what came with the hidden states."""
         sent = tensors.pop(KEY, None) if tensors is not None else None
-        self._earlier = [] if sent is None else _parts.decode(sent.numpy().tobytes())
+        self._earlier = [] if sent is None else _unpacked(sent)
 
     def send(self, worker: Engine | None, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``tensors`` for the next stage, with the records of this step: the earlier stages' and this one's. Waits for them."""
@@ -115,7 +134,7 @@ class Stage:
         self._earlier = []
         if not parts:
             return dict(tensors)
-        return dict(tensors) | {KEY: torch.frombuffer(bytearray(msgspec.msgpack.encode(parts)), dtype=torch.uint8)}
+        return dict(tensors) | {KEY: _packed(parts, self.ranks)}
 
     def joined(self, finished: Callable[[], Records] | None) -> Callable[[], Records] | None:
         """All stages' records of the step behind the last one: ``finished`` makes this stage's own, None where it has none."""
@@ -152,4 +171,5 @@ def stage_of(vllm_config: Any, armed: Sequence[int], layers: Sequence[int]) -> S
     """The stage of a worker that has ``layers`` of the model, whose configured layers are ``armed``."""
     if vllm_config.parallel_config.pipeline_parallel_size == 1:
         return None
-    return Stage(tuple(layer for layer in armed if layer in layers))
+    ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+    return Stage(tuple(layer for layer in armed if layer in layers), ranks)

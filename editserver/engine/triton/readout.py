@@ -46,7 +46,9 @@ class Taken:
         return self.event is None or self.event.query()
 
     def prove(self) -> None:
-        """Raise RuntimeError where an armed layer did not run by the step's plan; for what has :attr:`arrived`."""
+        """Raise RuntimeError where an armed layer did not run by the step's plan; waits for the copies."""
+        if self.event is not None:
+            self.event.synchronize()
         ran = self.buffers["ran"].tolist()
         if missed := [layer for layer in self.step.layers if ran[self.step.number(layer)] != self.planned]:
             raise RuntimeError(
@@ -54,9 +56,7 @@ class Taken:
             )
 
     def records(self) -> dict[str, StepRecord]:
-        """Request id → record, as the plan on the device had the rows; waits for the copies. Raises as :meth:`prove`."""
-        if self.event is not None:
-            self.event.synchronize()
+        """Request id → record, as the plan on the device had the rows. Waits and raises as :meth:`prove`."""
         self.prove()
         found = {}
         for row, resident in enumerate(self.requests):

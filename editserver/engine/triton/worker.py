@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -65,7 +67,7 @@ class DeviceWorker:
         self._slots = np.full(capacity.residents, -1, np.int32)
         self._requests: tuple[Resident | None, ...] = ()
         self._n_tokens = 0
-        self._taken: Taken | None = None
+        self._behind: deque[_Asked] = deque()
         self._changed = self._planned = self._single = self._remembers = self._probing = False
         self.agree: Callable[[torch.Tensor], None] | None = None
 
@@ -190,22 +192,44 @@ class DeviceWorker:
     def finish(self) -> Callable[[], Records] | None:
         """Start copying the outcome of the forward pass behind us; its records are made when they are asked for.
 
-        Nobody asks tensor-parallel ranks other than the first: what has arrived of the step before this one is proven here.
+        Nobody asks tensor-parallel ranks other than the first: that all layers ran is proven here, when a later step has been
+        run and without waiting, or waiting where more than ``MOST_BEHIND`` outcomes are on their way.
 
         Raises:
-            RuntimeError: an armed layer did not run in the step before, and nobody asked.
+            RuntimeError: an armed layer did not run in an earlier step, and nobody asked.
         """
-        last, self._taken = self._taken, None
-        if last is not None and last.arrived:
-            last.prove()
+        while self._behind and (self._behind[0].settled or len(self._behind) > MOST_BEHIND):
+            self._behind.popleft().settle()
         if not self._requests:
             return None
-        self._taken = taken = take(self.step, self._requests, self._n_tokens, self._known)
+        asked = _Asked(take(self.step, self._requests, self._n_tokens, self._known))
+        self._behind.append(asked)
         self._requests = ()
+        return asked.records
 
-        def records() -> Records:
-            if self._taken is taken:
-                self._taken = None
-            return taken.records()
 
-        return records
+MOST_BEHIND = 4
+"""Steps whose outcomes nobody has looked at."""
+
+
+@dataclass
+class _Asked:
+    """A step's outcome, and whether anybody asked for it."""
+
+    taken: Taken
+    asked: bool = False
+
+    def records(self) -> Records:
+        """What :meth:`DeviceWorker.finish` returns."""
+        self.asked = True
+        return self.taken.records()
+
+    @property
+    def settled(self) -> bool:
+        """Whether :meth:`settle` would not wait."""
+        return self.asked or self.taken.arrived
+
+    def settle(self) -> None:
+        """Raise RuntimeError where a layer did not run; whoever asked was told."""
+        if not self.asked:
+            self.taken.prove()

@@ -8,8 +8,9 @@ import torch
 
 from editserver.engine.batch import StepBatch
 from editserver.engine.triton.capacity import Capacity
+from editserver.engine.triton.readout import Taken
 from editserver.engine.triton.step import Stages
-from editserver.engine.triton.worker import DeviceWorker
+from editserver.engine.triton.worker import MOST_BEHIND, DeviceWorker
 from tests.engine.marked_requests import KINDS, LAYER, MAX_ROWS, MAX_TOKENS, D, payload_of
 from tests.engine.runners_on_paper import CONFIG, Machine
 from tests.engine.triton.batches import ON
@@ -88,6 +89,19 @@ def test_a_rank_that_nobody_asks_fails_with_its_next_step() -> None:
     assert worker.finish() is not None
     worker.idle_step()
     assert worker.finish() is None
+
+
+def test_what_has_not_arrived_is_looked_at_later_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = made()
+    stream = one_step(worker)
+    monkeypatch.setattr(Taken, "arrived", False)
+    assert worker.finish() is not None, "of a step that did not run"
+    for _ in range(MOST_BEHIND):
+        worker.begin(batch("a", 3))
+        worker.run(LAYER, stream, None)
+        assert worker.finish() is not None
+    with pytest.raises(RuntimeError, match="did not run in this step"):
+        worker.finish()
 
 
 @pytest.mark.parametrize("split", [False, True])
