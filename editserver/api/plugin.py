@@ -117,9 +117,6 @@ class EditserverEndpoint:
             tokenizer=tokenizer,
             model=model,
         )
-        unheard = STAGED if stages > 1 else None
-        if engine_client.vllm_config.speculative_config is not None:
-            unheard = unheard if all(answer["remembers"] for answer in answers) else FORGETFUL
         state.editserver = EditState(
             config,
             settings,
@@ -128,7 +125,7 @@ class EditserverEndpoint:
             VLLM_VERSION,
             model,
             state,
-            unheard=unheard,
+            unheard=why_unheard(stages, engine_client.vllm_config.speculative_config is not None, answers),
             device=device,
         )
         for source in config.saes:
@@ -164,6 +161,13 @@ def check_handshake(config: EngineConfig, answers: list[Any], stages: int = 1) -
             raise HandshakeError(f"worker {rank} cannot edit: {'; '.join(problems)}")
     if stages > 1 and sorted(armed) != sorted(config.armed * (len(answers) // stages)):
         raise HandshakeError(f"the stages armed layers {sorted(armed)}, configured are {list(config.armed)}")
+
+
+def why_unheard(stages: int, drafts: bool, answers: list[Any]) -> str | None:
+    """Why rules and gates over a sequence are not served, given the workers' ``answers``; None where they are."""
+    if stages > 1:
+        return STAGED
+    return FORGETFUL if drafts and not all(answer["remembers"] for answer in answers) else None
 
 
 def bounded(limits: Limits, device: Abilities) -> Limits:

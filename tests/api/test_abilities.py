@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,14 @@ from editserver.api.capacity import Capacity
 from editserver.api.concept_report import readout
 from editserver.api.edit import Edit
 from editserver.api.evidence import read_all
-from editserver.api.plugin import bounded
+from editserver.api.plugin import bounded, why_unheard
 from editserver.api.routes_catalogue import _without_prefix
 from editserver.api.routes_concepts import FitConceptBody, _check_limits, _check_stream, _dictionary
 from editserver.api.rulesets import check_body, parse_stored, shown_normal
 from editserver.api.state import EditState
 from editserver.catalogue import build_catalogue
 from editserver.engine.abilities import Abilities
-from editserver.engine.compat.core import FORGETFUL
+from editserver.engine.compat.core import FORGETFUL, STAGED
 from editserver.engine.config import EngineConfig, SAESource
 from editserver.engine.triton import capacity as reserved
 from editserver.library import parse_ruleset_body
@@ -175,11 +176,20 @@ def test_a_detector_is_refused_before_there_is_a_job(state: EditState) -> None:
     assert "null fits a concept without one" in str(refused.value)
 
 
+def test_what_listens_is_not_served_in_a_pipeline_nor_where_drafts_make_tokens_run_again_that_nobody_kept() -> None:
+    keeps, forgets = {"remembers": True}, {"remembers": False}
+    assert why_unheard(1, False, [keeps, forgets]) is None
+    assert why_unheard(1, True, [keeps, keeps]) is None
+    assert why_unheard(1, True, [keeps, forgets]) == FORGETFUL
+    assert why_unheard(2, False, [keeps, keeps]) == STAGED
+
+
+@pytest.mark.parametrize("why", [FORGETFUL, STAGED])
 def test_where_nothing_is_kept_what_listens_is_refused_by_its_field(
-    state: EditState, monkeypatch: pytest.MonkeyPatch
+    state: EditState, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     monkeypatch.setattr(state, "device", None)
-    monkeypatch.setattr(state, "unheard", FORGETFUL)
+    monkeypatch.setattr(state, "unheard", why)
     steer: dict[str, object] = {"type": "steer", "sae": "relu", "feature": 1, "strength": 2}
     rules = {"type": "rules", "text": "rule: feature(relu, 1) > 0 -> found\non found: flag"}
     gated = steer | {"when": "seen(feature(relu, 1) > 0)"}
@@ -187,7 +197,7 @@ def test_where_nothing_is_kept_what_listens_is_refused_by_its_field(
         assert refusal(state, [steer, steer | {"feature": 2}, listening]).param == "interventions[2]"
     body = {"text": rules["text"]}
     for look in (check_body, parse_stored):
-        with pytest.raises(InterventionError, match="a KV cache that keeps every token") as refused:
+        with pytest.raises(InterventionError, match=re.escape(why)) as refused:
             look(body, state)
         assert (refused.value.code, refused.value.param) == ("unsupported_with_interventions", None)
     shown = shown_normal("guard", parse_ruleset_body(body), state)

@@ -45,7 +45,8 @@ FORGETFUL = (
 """What a request with either is told on such a server."""
 
 STAGED = (
-    "with pipeline parallelism, rules and gates over a sequence are not served: their evidence may lie at another stage"
+    "with pipeline parallelism, rules and gates over a sequence are not served, as their evidence may lie at another stage "
+    "(a server with --pipeline-parallel-size 1 serves them)"
 )
 """Likewise on one whose layers are shared out."""
 

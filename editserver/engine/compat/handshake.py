@@ -20,11 +20,11 @@ def _handshake(self: Any) -> dict[str, Any]:
     ``device``: what an engine of kernels can do, as ``Abilities.as_dict``; None where the CPU's edits.
     """
     from editserver.engine import op
-    from editserver.engine.compat import stages
+    from editserver.engine.compat import pipeline
     from editserver.engine.compat.kv_groups import whole_group
     from editserver.engine.compat.reserved import abilities_of
 
-    worker, config, stage = op.current(), EngineConfig.of(self.vllm_config), stages.current()
+    worker, config, stage = op.current(), EngineConfig.of(self.vllm_config), pipeline.current()
     silent: list[int] = []
     if config is None or (worker is None and (stage is None or stage.armed)):
         return {

@@ -62,7 +62,7 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
     # llvmlite's module objects if they are there before it.
     from editserver.engine import op, splice
     from editserver.engine.choose import engine_for
-    from editserver.engine.compat import memory, parallel, stages, v1_runner, v2_runner
+    from editserver.engine.compat import memory, parallel, pipeline, v1_runner, v2_runner
 
     llvmlite_guard.install()
     check_config(vllm_config)
@@ -70,12 +70,12 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
     names = list(vllm_config.compilation_config.static_forward_context)
     layers = splice.locate(model, text_config.num_hidden_layers, names)
     width = int(vllm_config.model_config.get_hidden_size())
-    stage = stages.stage_of(vllm_config, config.armed, tuple(layers))
-    stages.install(stage)
+    stage = pipeline.stage_of(vllm_config, config.armed, tuple(layers))
+    pipeline.install(stage)
     if stage is not None:
         config = replace(config, armed=stage.armed)
     armed = splice.arm(layers, config.armed, width)
-    if armed:
+    if armed or stage is None:
         worker = engine_for(
             config,
             width,
@@ -87,8 +87,16 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
         )
         op.install(worker)
         memory.install(vllm_config)
+        logger.info(
+            "editserver: armed layers %s of %s, %d rows (%.0f MB)",
+            armed,
+            type(model).__name__,
+            config.bank_rows,
+            worker.bank.n_bytes / 1e6,
+        )
+    else:
+        logger.info("editserver: none of the armed layers lies at this stage of the pipeline")
     parallel.install(vllm_config)
     v2 = bool(vllm_config.use_v2_model_runner)
     signatures.check(signatures.V2_RELIED_ON if v2 else signatures.V1_RELIED_ON)
     (v2_runner if v2 else v1_runner).install(model, vllm_config)
-    logger.info("editserver: armed layers %s of %s, %d rows", armed, type(model).__name__, config.bank_rows)

@@ -198,6 +198,12 @@ def prove(runner: Any, engine: Any) -> bool:
             ) from error
     if engine is not None:
         engine.agree = None if equal else take_rank_zeros
+        how = (
+            "bit by bit"
+            if equal
+            else f"but for rounding (up to {max(worst.values()):.2g} of its norm): rank 0's counts"
+        )
+        logger.info("editserver: %d tensor-parallel ranks hold the same residual stream, %s", ranks, how)
     return equal
 
 

@@ -25,7 +25,7 @@ def refusals(vllm_config: Any) -> list[str]:
             vllm_config.speculative_config is not None
             and (_drafter(vllm_config) != "ngram" or vllm_config.use_v2_model_runner)
         ),
-        "pipeline parallelism on the V1 model runner (--pipeline-parallel-size > 1; proven on V2)": (
+        "pipeline parallelism on the V1 model runner (--pipeline-parallel-size > 1; set VLLM_USE_V2_MODEL_RUNNER=1)": (
             parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner
         ),
         f"pipeline parallelism through {_executor(parallel)} (pass --distributed-executor-backend mp)": (

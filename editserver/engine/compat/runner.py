@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from editserver.engine.batch import BlockTable
-from editserver.engine.compat import stages
+from editserver.engine.compat import pipeline
 from editserver.engine.compat.core import SLOTS, payload_of
 from editserver.engine.compat.kv_groups import whole_group
 from editserver.engine.engine import Engine, Records
@@ -57,7 +57,7 @@ def admit(worker: Engine | None, new: Any) -> None:
         return
     slots = list(new.sampling_params.extra_args[SLOTS])
     own: Payload | None = payload
-    if (stage := stages.current()) is not None:
+    if (stage := pipeline.current()) is not None:
         own, slots = stage.admit(new.req_id, payload, slots)
     if worker is not None and own is not None:
         worker.add_request(new.req_id, own, slots, len(prompt), new.prefill_token_ids or prompt)
@@ -67,7 +67,7 @@ def admit(worker: Engine | None, new: Any) -> None:
 
 def remove(worker: Engine | None, request_id: str) -> None:
     """A request that is gone, finished or preempted."""
-    if (stage := stages.current()) is not None:
+    if (stage := pipeline.current()) is not None:
         stage.forget(request_id)
     if worker is not None:
         worker.remove_request(request_id)
@@ -80,7 +80,7 @@ def report(worker: Engine | None, output: Any) -> Any:
     is waited for has them.
     """
     records = worker.finish() if worker is not None else None
-    if (stage := stages.current()) is not None:
+    if (stage := pipeline.current()) is not None:
         records = stage.joined(records)
     if records is None:
         return output

@@ -11,7 +11,7 @@ the one it would have had, and listens. In the order of a step (``execute_model`
 * ``prepare_dummy_inputs`` stands for it where CUDA graphs are captured.
 
 ``GPUModelRunner.sample_tokens`` (:2088) returns the step's output, to which the records are attached. In a pipeline, what
-``execute_model`` is given and returns besides carries those of earlier stages (``stages``).
+``execute_model`` is given and returns besides carries those of earlier stages (``pipeline``).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 
 from editserver.engine import op
 from editserver.engine.batch import BlockTable, StepBatch
+from editserver.engine.compat import pipeline
 from editserver.engine.compat import runner as adapter
-from editserver.engine.compat import stages
 from editserver.engine.splice import UnsupportedModel
 
 
@@ -120,7 +120,7 @@ def install(model: torch.nn.Module, vllm_config: Any) -> None:
     def _execute_model(
         self: Any, scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        stage = stages.current()
+        stage = pipeline.current()
         if stage is not None:
             stage.receive(None if intermediate_tensors is None else intermediate_tensors.tensors)
         output = execute_model(self, scheduler_output, intermediate_tensors, *args, **kwargs)

@@ -23,6 +23,32 @@ from editserver.engine.triton.readout import Taken, take
 from editserver.engine.triton.step import Cache, DeviceStep, Stages
 from interventions.program import Payload
 
+MOST_BEHIND = 4
+"""Steps whose outcomes nobody has looked at yet, at most."""
+
+
+@dataclass
+class _Outcome:
+    """A step's outcome, and whether anybody asked for it."""
+
+    taken: Taken
+    asked: bool = False
+
+    def records(self) -> Records:
+        """What :meth:`DeviceWorker.finish` returns."""
+        self.asked = True
+        return self.taken.records()
+
+    @property
+    def settled(self) -> bool:
+        """Whether :meth:`settle` would not wait."""
+        return self.asked or self.taken.arrived
+
+    def settle(self) -> None:
+        """Raise RuntimeError where a layer did not run; whoever asked was told."""
+        if not self.asked:
+            self.taken.prove()
+
 
 class DeviceWorker:
     """As :class:`~editserver.engine.worker.EngineWorker`, outwardly; see :class:`~editserver.engine.engine.Engine`.
@@ -67,7 +93,7 @@ class DeviceWorker:
         self._slots = np.full(capacity.residents, -1, np.int32)
         self._requests: tuple[Resident | None, ...] = ()
         self._n_tokens = 0
-        self._behind: deque[_Asked] = deque()
+        self._behind: deque[_Outcome] = deque()
         self._changed = self._planned = self._single = self._remembers = self._probing = False
         self.agree: Callable[[torch.Tensor], None] | None = None
 
@@ -202,34 +228,7 @@ class DeviceWorker:
             self._behind.popleft().settle()
         if not self._requests:
             return None
-        asked = _Asked(take(self.step, self._requests, self._n_tokens, self._known))
-        self._behind.append(asked)
+        outcome = _Outcome(take(self.step, self._requests, self._n_tokens, self._known))
+        self._behind.append(outcome)
         self._requests = ()
-        return asked.records
-
-
-MOST_BEHIND = 4
-"""Steps whose outcomes nobody has looked at."""
-
-
-@dataclass
-class _Asked:
-    """A step's outcome, and whether anybody asked for it."""
-
-    taken: Taken
-    asked: bool = False
-
-    def records(self) -> Records:
-        """What :meth:`DeviceWorker.finish` returns."""
-        self.asked = True
-        return self.taken.records()
-
-    @property
-    def settled(self) -> bool:
-        """Whether :meth:`settle` would not wait."""
-        return self.asked or self.taken.arrived
-
-    def settle(self) -> None:
-        """Raise RuntimeError where a layer did not run; whoever asked was told."""
-        if not self.asked:
-            self.taken.prove()
+        return outcome.records

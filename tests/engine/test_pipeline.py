@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from editserver.engine.compat.stages import Part, Stage, cut, join, stage_of
+from editserver.engine.compat.pipeline import Part, Stage, cut, join, stage_of
 from editserver.engine.wire import KEY, StepRecord
 from interventions.program import Channel, LayerProgram, Op, Payload, Program, Read, ReadKind, vector_key
 from interventions.selectors import ALL, PROMPT
