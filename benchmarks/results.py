@@ -4,9 +4,11 @@
      "groups": [name], "systems": {name: versions}, "failures": ["group: sentence"],
      "scenarios": [{"id", "short", "title", "quantity", "tokens", "requests",
                     "loads": [{"entry", "system", "load", "title", "goal", "agreement"?}], "again"?: "date, commit, command",
+                    "starts"?: [n],
                     "rounds": [[{"entry", "seconds" | "ttft" | "milliseconds", …}, …]]}]}
 
-``rounds`` has every run in the order of time; everything else on a page is computed from it.
+``rounds`` has every run in the order of time; everything else on a page is computed from it. ``starts`` says how many of the
+rounds were run before the systems' processes were started anew.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ def scenario_rows(scenario: Record) -> list[Row]:
     quantity = {"throughput": "seconds"}.get(scenario["quantity"], scenario["quantity"])
     made = []
     for load in scenario["loads"]:
-        compared = compare(scenario["rounds"], load["entry"], quantity)
+        compared = compare(scenario["rounds"], load["entry"], quantity, scenario.get("starts"))
         at_first = None
         if quantity == "milliseconds":
             compared = Compared(0.0, 0.0, 0.0, compared.own - compared.baseline, compared.baseline)

@@ -26,11 +26,13 @@ def turns(entries: Sequence[str], round_: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Compared:
-    """An entry against the baseline, over the rounds.
+    """An entry against the baseline: baseline / entry; above 1 the entry is faster.
 
     Attributes:
-        ratio, low, high: median, least and largest of baseline / entry; above 1 the entry is faster.
+        ratio: mean over the starts of the medians over their rounds.
+        low, high: of any round.
         own, baseline: medians of the quantity itself.
+        by_start: the median of each start.
     """
 
     ratio: float
@@ -38,18 +40,25 @@ class Compared:
     high: float
     own: float
     baseline: float
+    by_start: tuple[float, ...] = ()
 
 
-def compare(rounds: Sequence[Sequence[Turn]], entry: str, quantity: str) -> Compared:
+def compare(
+    rounds: Sequence[Sequence[Turn]], entry: str, quantity: str, starts: Sequence[int] | None = None
+) -> Compared:
     """``entry`` against the mean of the two baseline runs between which it stands in its round.
 
     Args:
         rounds: of the record, in the order of time.
         entry: which one.
         quantity: "seconds" or "ttft": the less the better.
+        starts: how many rounds each start of the systems had; None: they were started once. One in which the entry did not
+            run (a peer's) does not count.
     """
     ratios, own, beside = [], [], []
-    for order in rounds:
+    start_of = [start for start, n in enumerate(starts or [len(rounds)]) for _ in range(n)]
+    by_start: dict[int, list[float]] = {}
+    for order, start in zip(rounds, start_of, strict=True):
         for i, turn in enumerate(order):
             if turn["entry"] != entry:
                 continue
@@ -57,10 +66,12 @@ def compare(rounds: Sequence[Sequence[Turn]], entry: str, quantity: str) -> Comp
             own.append(turn[quantity])
             beside.append(statistics.fmean(near))
             ratios.append(beside[-1] / own[-1])
+            by_start.setdefault(start, []).append(ratios[-1])
     if not ratios:
         raise ValueError(f"no round has {entry}")
     median = statistics.median
-    return Compared(median(ratios), min(ratios), max(ratios), median(own), median(beside))
+    medians = tuple(median(found) for found in by_start.values())
+    return Compared(statistics.fmean(medians), min(ratios), max(ratios), median(own), median(beside), medians)
 
 
 def noise(rounds: Sequence[Sequence[Turn]], quantity: str) -> list[float]:

@@ -35,7 +35,8 @@ class Plan:
 
     Attributes:
         systems: names of those that take part, vanilla first.
-        rounds: that count; one more warms up.
+        starts: how often vanilla and editserver are started, each time in another order; peers only the first time.
+        rounds: of each start that count; one more warms up.
         record: versions of every system that was started.
         failures: what could not be measured, and why.
     """
@@ -43,6 +44,7 @@ class Plan:
     scenarios: Sequence[Scenario]
     systems: Sequence[str]
     rounds: int
+    starts: int = 1
     record: dict[str, dict[str, str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -63,11 +65,21 @@ class Plan:
     @property
     def n_turns(self) -> int:
         """Runs in all, warm-ups included; admission is one."""
-        return sum(
-            1 if one.group is Group.ADMISSION else len(turns(list(self.entries(one)), round_))
-            for one in self.scenarios
-            for round_ in range(self.rounds + 1 if one.group is not Group.ADMISSION else 1)
-        )
+        n = 0
+        for one in self.scenarios:
+            if one.group is Group.ADMISSION:
+                n += 1
+                continue
+            for start in range(self.starts):
+                entries = [e for e, (system, _) in self.entries(one).items() if system in self.taking_part(start)]
+                n += (self.rounds + 1) * len(turns(entries, 0)) if entries else 0
+        return n
+
+    def taking_part(self, start: int) -> list[str]:
+        """The systems of one start, in the order in which they are started: whoever is first finds memory in another state."""
+        both = [name for name in self.systems if not start or name in (VANILLA, EDITSERVER)]
+        shift = start % len(both)
+        return [*both[shift:], *both[:shift]]
 
 
 class Progress(Protocol):
@@ -87,15 +99,43 @@ def run(plan: Plan, bench: Bench, progress: Progress) -> Iterator[dict[str, Any]
                 for one in scenarios:
                     yield _admission(one, plan, bench, progress)
                 continue
-            wanted = {system for one in scenarios for system, _ in plan.entries(one).values()} | {VANILLA}
-            with ExitStack() as running:
-                systems = _start(
-                    group, [name for name in plan.systems if name in wanted], plan, bench, progress, running
-                )
-                for one in scenarios:
-                    yield _scenario(one, plan, systems, progress)
+            yield from _group(group, scenarios, plan, bench, progress)
         except Exception as error:  # what was measured is worth keeping, and the other groups too
             plan.failures.append(f"{group}: {type(error).__name__}: {error}")
+
+
+def _group(
+    group: Group, scenarios: Sequence[Scenario], plan: Plan, bench: Bench, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Every scenario as soon as it is measured, and again with each further start of the systems."""
+    wanted = {system for one in scenarios for system, _ in plan.entries(one).values()} | {VANILLA}
+    found = {one.id: _Found() for one in scenarios}
+    for start in range(plan.starts):
+        names = [name for name in plan.taking_part(start) if name in wanted]
+        if start and EDITSERVER not in names:
+            return
+        with ExitStack() as running:
+            systems = _start(group, names, plan, bench, progress, running)
+            for one in scenarios:
+                _scenario(one, plan, systems, progress, found[one.id])
+                if found[one.id].rounds:
+                    yield _described(one, found[one.id])
+
+
+@dataclass
+class _Found:
+    """What a scenario has given so far.
+
+    Attributes:
+        entries: those that ran.
+        starts: how many rounds each start had.
+        said: the first tokens of each entry's answers, in the first start.
+    """
+
+    entries: dict[str, tuple[str, Load]] = field(default_factory=dict)
+    rounds: list[list[dict[str, Any]]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    said: dict[str, list[list[int]]] = field(default_factory=dict)
 
 
 def _start(
@@ -119,12 +159,14 @@ def _start(
     return systems
 
 
-def _scenario(scenario: Scenario, plan: Plan, systems: dict[str, System], progress: Progress) -> dict[str, Any]:
+def _scenario(scenario: Scenario, plan: Plan, systems: dict[str, System], progress: Progress, found: _Found) -> None:
     entries = {entry: one for entry, one in plan.entries(scenario).items() if one[0] in systems}
+    if not entries:
+        return
     known = {BASELINE: (VANILLA, PLAIN), **entries}
-    rounds: list[list[dict[str, Any]]] = []
     said: dict[str, list[list[int]]] = {}
-    salt = 0
+    salt = 1000 * len(found.starts)
+    found.starts.append(0)
     for round_ in range(plan.rounds + 1):
         order = []
         for entry in turns(list(entries), round_):
@@ -140,9 +182,11 @@ def _scenario(scenario: Scenario, plan: Plan, systems: dict[str, System], progre
             order.append({"entry": entry} | {key: _rounded(value) for key, value in measured.items()})
             progress(f"{scenario.id}, round {round_} of {plan.rounds}: {entry}", 1)
         if round_:  # the first one warms up
-            rounds.append(order)
+            found.rounds.append(order)
+            found.starts[-1] += 1
     _check_edited(scenario, entries, said)
-    return _described(scenario, entries, rounds, said)
+    found.entries |= entries
+    found.said = said | found.said
 
 
 def _check_edited(scenario: Scenario, entries: dict[str, tuple[str, Load]], said: dict[str, list[list[int]]]) -> None:
@@ -152,19 +196,14 @@ def _check_edited(scenario: Scenario, entries: dict[str, tuple[str, Load]], said
             raise RuntimeError(f"{scenario.id}: {entry} answered as if nothing had been edited")
 
 
-def _described(
-    scenario: Scenario,
-    entries: dict[str, tuple[str, Load]],
-    rounds: list[list[dict[str, Any]]],
-    said: dict[str, list[list[int]]] | None = None,
-) -> dict[str, Any]:
-    loads = []
-    for entry, (system, load) in entries.items():
+def _described(scenario: Scenario, found: _Found) -> dict[str, Any]:
+    loads, said = [], found.said
+    for entry, (system, load) in found.entries.items():
         # A goal is editserver's; what others reach is only reported.
         goal = load.goal if system == EDITSERVER else None
         line: dict[str, Any] = {"entry": entry, "system": system, "load": load.id, "title": load.title, "goal": goal}
-        ours = (said or {}).get(f"{EDITSERVER}/{load.id}")
-        if system not in (EDITSERVER, OLDER) and load.ask is not Ask.NOTHING and ours and said:
+        ours = said.get(f"{EDITSERVER}/{load.id}")
+        if system not in (EDITSERVER, OLDER) and load.ask is not Ask.NOTHING and ours:
             same = [a == b for a, b in zip(ours, said[entry], strict=True)]
             line["agreement"] = statistics.fmean(same)
         loads.append(line)
@@ -176,7 +215,8 @@ def _described(
         "requests": scenario.n_requests,
         "tokens": scenario.tokens,
         "loads": loads,
-        "rounds": rounds,
+        "starts": list(found.starts),
+        "rounds": list(found.rounds),
     }
 
 
@@ -195,7 +235,7 @@ def _admission(scenario: Scenario, plan: Plan, bench: Bench, progress: Progress)
         for i, (plain, edited) in enumerate(zip(totals["plain"], totals["edited"], strict=True))
     ]
     progress(f"{scenario.id}: done", 1)
-    return _described(scenario, entries, rounds)
+    return _described(scenario, _Found(entries, rounds, [len(rounds)]))
 
 
 def _rounded(value: Any) -> Any:

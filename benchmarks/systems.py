@@ -165,5 +165,12 @@ def available() -> list[str]:
 
 def settings() -> dict[str, str]:
     """Environment variables that change what is measured."""
-    names = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "VLLM_CPU_NUM_OF_RESERVED_CPU")
+    names = (
+        "THP_MEM_ALLOC_ENABLE",
+        "GLIBC_TUNABLES",
+        "VLLM_CPU_KVCACHE_SPACE",
+        "VLLM_CPU_OMP_THREADS_BIND",
+        "OMP_NUM_THREADS",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU",
+    )
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 
+from editserver.engine import native
 from editserver.engine.abilities import Abilities
 from editserver.engine.config import EngineConfig
 from editserver.engine.engine import Engine
@@ -36,6 +37,8 @@ def engine_for(
     if abilities is None:
         worker = EngineWorker(config, d_model, dtype, max_tokens, drafts)
         warm_up(worker)
+        if native.load():
+            worker.jobs = native.Jobs(config.armed, d_model, dtype)
         return worker
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"editing on {device.type} needs Triton, which is not installed")

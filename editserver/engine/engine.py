@@ -71,7 +71,7 @@ class Engine(Protocol):
 
     @property
     def visits(self) -> dict[int, int]:
-        """By armed layer, 0 where its op did not run since :meth:`count_visits`."""
+        """By armed layer, 0 where its op did not run since :meth:`count_visits`. Ends that."""
 
     def run(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """The op's body: edit and read at ``layer``, in place."""

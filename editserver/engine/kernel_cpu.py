@@ -20,8 +20,9 @@ not when one that it calls from does.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -782,3 +783,111 @@ def read_listed(
                     _normalise(h[t], norm, view)
                     seen |= 1 << norm
             out[t, j - first] = _activation(_dot(bank_read[slot], view), bank_gate[slot])
+
+
+class Arguments(NamedTuple):
+    """Places in the int64 block that :func:`edit_block` is given: numbers, then addresses of contiguous arrays.
+
+    ``tokens`` is the length of the arrays by token; ``channel_rows`` are :func:`edit_tokens`' ``channels``.
+    """
+
+    hidden: int
+    residual: int
+    n: int
+    form: int
+    d: int
+    width: int
+    tokens: int
+    residents: int
+    channels: int
+    ops: int
+    slots: int
+    places: int
+    scratch: int
+    delta: int
+    token_program: int
+    token_selected: int
+    token_open: int
+    programs: int
+    channel_rows: int
+    channel_ops: int
+    op_ints: int
+    op_values: int
+    op_masks: int
+    program_dose: int
+    program_refuses: int
+    bank_read: int
+    bank_write: int
+    bank_gate: int
+    fired: int
+    dose: int
+    flags: int
+    written: int
+
+
+A = Arguments(*range(len(Arguments._fields)))
+N_ARGUMENTS = len(A)
+N_CHANNEL_COLUMNS, N_OP_COLUMNS = len(CHANNEL_COLUMNS), len(OP_COLUMNS)
+N_OP_VALUES, N_OP_MASKS = len(OP_VALUES), len(OP_MASKS)
+
+
+def _edit_block(block: int) -> int:
+    a = numba.carray(_pointer(block), (N_ARGUMENTS,), np.int64)
+    d, tokens, residents, channels, ops, slots = (
+        a[A.d],
+        a[A.tokens],
+        a[A.residents],
+        a[A.channels],
+        a[A.ops],
+        a[A.slots],
+    )
+    n_written: int = edit_tokens(
+        a[A.form],
+        a[A.hidden],
+        a[A.residual],
+        a[A.n],
+        numba.carray(_pointer(a[A.places]), (tokens,), np.int64),
+        False,
+        numba.carray(_pointer(a[A.scratch]), (1, d), np.float32),
+        numba.carray(_pointer(a[A.token_program]), (tokens,), np.int32),
+        numba.carray(_pointer(a[A.token_selected]), (tokens,), np.uint64),
+        numba.carray(_pointer(a[A.token_open]), (tokens,), np.uint64),
+        a[A.width],
+        np.empty((0, 0), np.float32),
+        np.empty((0, d), np.float32),
+        np.empty(0, np.uint64),
+        numba.carray(_pointer(a[A.programs]), (residents + 1,), np.int32),
+        numba.carray(_pointer(a[A.channel_rows]), (channels, N_CHANNEL_COLUMNS), np.int32),
+        numba.carray(_pointer(a[A.channel_ops]), (channels + 1,), np.int32),
+        numba.carray(_pointer(a[A.op_ints]), (ops, N_OP_COLUMNS), np.int32),
+        numba.carray(_pointer(a[A.op_values]), (ops, N_OP_VALUES), np.float32),
+        numba.carray(_pointer(a[A.op_masks]), (ops, N_OP_MASKS), np.uint64),
+        numba.carray(_pointer(a[A.program_dose]), (residents,), np.float32),
+        numba.carray(_pointer(a[A.program_refuses]), (residents,), np.bool_),
+        numba.carray(_pointer(a[A.bank_read]), (slots, d), np.float32),
+        numba.carray(_pointer(a[A.bank_write]), (slots, d), np.float32),
+        numba.carray(_pointer(a[A.bank_gate]), (slots, 4), np.float32),
+        numba.carray(_pointer(a[A.delta]), (1, d), np.float32),
+        numba.carray(_pointer(a[A.fired]), (tokens,), np.uint64),
+        numba.carray(_pointer(a[A.dose]), (tokens,), np.float32),
+        numba.carray(_pointer(a[A.flags]), (tokens,), np.uint8),
+        numba.carray(_pointer(a[A.written]), (tokens,), np.bool_),
+    )
+    return n_written
+
+
+@functools.cache
+def edit_block() -> int:
+    """Address of a C function ``int64_t (int64_t block)`` that is :func:`edit_tokens` for a caller without Python.
+
+    ``block`` is the address of its arguments, laid out as :class:`Arguments` says; the stream is not loaded, and nothing
+    comes from elsewhere.
+    """
+    made = numba.cfunc(types.int64(types.intp), cache=True)(_edit_block)
+    _compiled.append(made)
+    where: int = made.address
+    return where
+
+
+_compiled: list[Any] = []
+"""What must not go away as long as somebody may call it."""

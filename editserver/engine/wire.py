@@ -1,7 +1,8 @@
 """What crosses the process borders: the request's payload on the way in, step records on the way out.
 
 In: ``SamplingParams.extra_args[KEY]`` = bytes of :class:`interventions.program.Payload`.
-Out: per request and step one :class:`StepRecord`; the core passes a list of them with each output of the request.
+Out: per request and step one :class:`StepRecord`, those of a step together from the worker to the core; the core passes a list
+of them with each output of the request.
 """
 
 from __future__ import annotations
@@ -90,6 +91,17 @@ def _cut(data: bytes, dtype: type[np.generic], before: int, n: int) -> bytes:
 
 
 _records = msgspec.msgpack.Decoder(list[StepRecord])
+_step = msgspec.msgpack.Decoder(dict[str, StepRecord])
+
+
+def encode_step(records: dict[str, StepRecord]) -> bytes:
+    """Serialise the records of one step, by request id: a worker's output is pickled, and many small objects in it are slow."""
+    return msgspec.msgpack.encode(records)
+
+
+def decode_step(data: bytes) -> dict[str, StepRecord]:
+    """Inverse of :func:`encode_step`."""
+    return _step.decode(data)
 
 
 def encode_records(records: list[StepRecord]) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from editserver.engine import memory
+from editserver.engine import memory, native
 from editserver.engine.batch import BlockTable, StepBatch
 from editserver.engine.config import EngineConfig
 from editserver.engine.full_encode import Composed, Demand, serve
@@ -21,6 +21,7 @@ from editserver.engine.kernel_cpu import (
     BFLOAT16,
     FLOAT32,
     PREPARED,
+    A,
     edit_tokens,
     load_tokens,
     read_latents,
@@ -69,7 +70,7 @@ class EngineWorker:
 
     Attributes:
         config: what the server was started with.
-        visits: how often each armed layer's op ran since :meth:`count_visits`; proves that the compiled graph calls it.
+        jobs: what the C++ op may do without asking; None: every op comes to :meth:`run`.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class EngineWorker:
         self.bank = RowBank(config.bank_rows, d_model, self.dictionaries)
         self.residents = ResidentSet(self.dictionaries, config.armed)
         self.plan = Plan(max_tokens)
-        self.visits: dict[int, int] = dict.fromkeys(config.armed, 0)
+        self._visits: dict[int, int] = dict.fromkeys(config.armed, 0)
         self._outcomes = Outcomes(config.armed, max_tokens)
         self._readings: dict[tuple[int, int], Reading] = {}
         self._listed: dict[tuple[int, bool], Array] = {}
@@ -102,6 +103,8 @@ class EngineWorker:
         self._counting = False
         self._facts = drafts + 1
         self.agree: Callable[[torch.Tensor], None] | None = None
+        self.jobs: native.Jobs | None = None
+        self._known = -1
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -150,6 +153,64 @@ class EngineWorker:
         self._blocks = blocks
         self.plan.build(self.residents, request_ids, query_start, positions, token_ids)
         self._rules = RuleStep.of(self.residents.rules, self.plan, blocks, self._kept)
+        if self.jobs is not None and self.plan.active:
+            self._prepare(self.jobs)
+
+    def _prepare(self, jobs: native.Jobs) -> None:
+        """Say what is due at each layer, and with which arguments, where no reading, rule or gate has a part in it."""
+        if self._rules is not None or self.agree is not None or self._form == PREPARED:
+            jobs.say(native.ASK)
+            return
+        if self._known != self.residents.version:
+            self._known = self.residents.version
+            jobs.know(*self._due())
+        jobs.begin(self.plan.n, self.plan.stop)
+
+    def _due(self) -> tuple[dict[int, int], dict[int, dict[int, int | Array]]]:
+        """As long as the residents are the same, and no rules run."""
+        due: dict[int, int] = {}
+        arguments: dict[int, dict[int, int | Array]] = {}
+        residents, plan = self.residents, self.plan
+        read, write, gate = self._rows
+        for layer, table in residents.layers.items():
+            reads = residents.reads[layer]
+            if table is None or reads or table.uses or table.listeners:
+                due[layer] = native.NOTHING if table is None and not reads else native.ASK
+                continue
+            due[layer] = native.EDIT
+            fired, dose, flags = self._outcomes.layers[layer]
+            arguments[layer] = {
+                A.form: self._form,
+                A.d: self.d_model,
+                A.width: table.width,
+                A.tokens: len(plan.all_places),
+                A.residents: len(residents.dose),
+                A.channels: len(table.channels),
+                A.ops: len(table.op_ints),
+                A.slots: len(read),
+                A.places: plan.all_places,
+                A.scratch: self._row,
+                A.delta: self._delta,
+                A.token_program: plan.all_requests,
+                A.token_selected: plan.all_selected,
+                A.token_open: self._closed,
+                A.programs: table.programs,
+                A.channel_rows: table.channels,
+                A.channel_ops: table.channel_ops,
+                A.op_ints: table.op_ints,
+                A.op_values: table.op_values,
+                A.op_masks: table.op_masks,
+                A.program_dose: residents.dose,
+                A.program_refuses: residents.refuses,
+                A.bank_read: read,
+                A.bank_write: write,
+                A.bank_gate: gate,
+                A.fired: fired,
+                A.dose: dose,
+                A.flags: flags,
+                A.written: self._written,
+            }
+        return due, arguments
 
     def begin(self, batch: StepBatch) -> None:
         """:meth:`begin_step` for a batch that lies on the host."""
@@ -172,12 +233,26 @@ class EngineWorker:
         self._listed.clear()
         self._ran.clear()
         self._rules = None
+        self._rest()
+
+    def _rest(self) -> None:
+        """Nothing is planned."""
         self.plan.clear()
+        if self.jobs is not None:
+            self.jobs.say(native.ASK if self._counting else native.NOTHING)
 
     def count_visits(self) -> None:
-        """Count the ops' runs from now on (the handshake)."""
-        self.visits = dict.fromkeys(self.config.armed, 0)
+        """Count the ops' runs in dummy batches from now on (the handshake)."""
+        self._visits = dict.fromkeys(self.config.armed, 0)
         self._counting = True
+        self._rest()
+
+    @property
+    def visits(self) -> dict[int, int]:
+        """How often each armed layer's op ran since :meth:`count_visits`, and no more of that: the compiled graph calls it."""
+        self._counting = False
+        self._rest()
+        return self._visits
 
     def run(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """The op's body: edit and read at ``layer``, in place.
@@ -190,7 +265,7 @@ class EngineWorker:
         other token is touched.
         """
         if self._counting:
-            self.visits[layer] += 1
+            self._visits[layer] += 1
         plan = self.plan
         if not plan.active:
             return
@@ -377,6 +452,8 @@ class EngineWorker:
         """Request id → what this step did to its tokens. Raises if an armed layer that had work did not run."""
         if not self.plan.active:
             return {}
+        if self.jobs is not None:
+            self._ran |= self.jobs.ran
         if missed := self.residents.due - self._ran:
             raise RuntimeError(
                 f"the edit op of layers {sorted(missed)} did not run in this step: the model is not armed"
@@ -385,7 +462,7 @@ class EngineWorker:
         rules = self._rules.records() if self._rules is not None else {}
         for segment in self.plan.segments:
             records[segment.resident.request_id] = self._record(segment, rules.get(segment.index))
-        self.plan.clear()
+        self._rest()
         return records
 
     def _record(self, segment: Segment, rules: RuleRecord | None) -> StepRecord:

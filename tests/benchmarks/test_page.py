@@ -76,6 +76,14 @@ def test_a_missed_goal_is_said_with_what_is_missing():
     assert "| title of 8 | 1014 tok/s | 811 tok/s | 0.800 | 0.800 | 0.800 | ≥ 0.97 | missed by 0.170 |" in text
 
 
+def test_of_several_starts_each_is_shown():
+    record = _record(1.25)
+    record["scenarios"][0]["starts"] = [1, 2]
+    text = pages.page(record, "r.json")
+    assert "3 rounds in 2 starts" in text
+    assert "| ≥ 0.97 | missed by 0.170 | 0.800 0.800 |" in text
+
+
 def test_a_goal_that_is_met_is_not_in_the_list():
     text = pages.page(_record(1.02), "r.json")
     assert "2 of 2 are met." in text

@@ -45,6 +45,17 @@ def test_between_two_baseline_runs_their_mean_counts():
     assert noise([order], "seconds") == [1 / 3]
 
 
+def test_a_process_that_is_slow_for_its_life_counts_as_one_start_however_many_rounds_it_had():
+    def order(seconds: float) -> list[dict[str, object]]:
+        return [{"entry": BASELINE, "seconds": 1.0}, {"entry": "e/a", "seconds": seconds}]
+
+    rounds = [order(1.0), order(1.0), order(1.25), order(1.25), order(1.25), order(1.25), [order(1.0)[0]]]
+    found = compare(rounds, "e/a", "seconds", [2, 4, 1])
+    assert found.by_start == (1.0, 0.8)
+    assert found.ratio == pytest.approx(0.9)
+    assert (found.low, found.high) == (0.8, 1.0)
+
+
 def test_an_entry_that_never_ran_is_an_error():
     with pytest.raises(ValueError, match="e/b"):
         compare([[{"entry": BASELINE, "seconds": 1.0}]], "e/b", "seconds")

@@ -135,11 +135,13 @@ def test_a_peer_that_does_not_edit_is_not_compared(edits: bool):
         EDITSERVER: _Speaker(True, [1, 2]),
         LENS: _Speaker(edits, [1, 2]),
     }
+    found = runner._Found()
     if not edits:
         with pytest.raises(RuntimeError, match="vllm-lens/vector"):
-            _scenario(scenario, plan, systems, lambda what, advance=0: None)
+            _scenario(scenario, plan, systems, lambda what, advance=0: None, found)
         return
-    made = _scenario(scenario, plan, systems, lambda what, advance=0: None)
+    _scenario(scenario, plan, systems, lambda what, advance=0: None, found)
+    made = runner._described(scenario, found)
     lines = {load["entry"]: load for load in made["loads"]}
     assert lines["vllm-lens/vector"]["agreement"] == 1.0
     assert len(made["rounds"]) == 2, "the round that warms up does not count"
@@ -163,6 +165,28 @@ def test_systems_that_do_not_start_cost_their_group_only(monkeypatch: pytest.Mon
     plan = Plan([engine, ngram], [VANILLA, EDITSERVER], rounds=1)
     assert [one["id"] for one in runner.run(plan, None, lambda what, advance=0: None)] == ["n"]
     assert plan.failures == ["engine: RuntimeError: no memory"]
+
+
+def test_systems_are_started_anew_in_another_order_and_peers_once(monkeypatch: pytest.MonkeyPatch):
+    started: list[list[str]] = []
+    speakers: list[_Speaker] = []
+
+    def start(group: Group, names: list[str], *_: object) -> dict[str, _Speaker]:
+        started.append(list(names))
+        made = {name: _Speaker(name != VANILLA, [1, 2]) for name in names}
+        speakers.extend(made.values())
+        return made
+
+    monkeypatch.setattr(runner, "_start", start)
+    plan = Plan([_lens_scenario()], [VANILLA, EDITSERVER, LENS], rounds=2, starts=3)
+    told = list(runner.run(plan, None, lambda what, advance=0: None))
+    assert started == [[VANILLA, EDITSERVER, LENS], [EDITSERVER, VANILLA], [VANILLA, EDITSERVER]]
+    assert [one["starts"] for one in told] == [[2], [2, 2], [2, 2, 2]], "told again with every start"
+    assert len(told[-1]["rounds"]) == 6
+    assert {load["entry"] for load in told[-1]["loads"]} >= {"vllm-lens/vector", "editserver/vector"}
+    salts = [salt for speaker in speakers for salt in speaker.salts]
+    assert len(set(salts)) == len(salts) == plan.n_turns
+    assert not plan.failures
 
 
 def test_a_peer_that_does_not_start_is_noted_and_left_out(monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ from editserver.engine.compat.core import SLOTS
 from editserver.engine.config import EngineConfig
 from editserver.engine.engine import Engine
 from editserver.engine.journal import Journal
-from editserver.engine.wire import KEY
+from editserver.engine.wire import KEY, decode_step
 from editserver.engine.worker import EngineWorker
 from tests.engine.marked_requests import (
     BLOCK,
@@ -200,8 +200,9 @@ class Machine:
         """The oldest output is asked for; in V2, when the next step is under way."""
         output, order = self._late.pop(0)
         made = output.get_output() if self.family == "v2" else output
+        records = decode_step(told) if (told := getattr(made, KEY, None)) else {}
         for row in order:
-            record = getattr(made, KEY, {}).get(row.request.name)
+            record = records.get(row.request.name)
             assert (record is not None) == (row.request.payload is not None), "whose records an output has"
             if record is not None:
                 assert row.request.journal is not None

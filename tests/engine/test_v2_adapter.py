@@ -13,7 +13,7 @@ import torch
 from editserver.engine.compat import core, v2_runner
 from editserver.engine.compat import runner as adapter
 from editserver.engine.splice import UnsupportedModel
-from editserver.engine.wire import KEY
+from editserver.engine.wire import KEY, encode_step
 from editserver.engine.worker import EngineWorker
 from interventions.program import Payload
 from tests.engine.runners_on_paper import BareState, Machine, current
@@ -81,7 +81,7 @@ v2_batch_of, admit = v2_runner.batch_of, adapter.admit
 def _records_of_the_last_step(worker: EngineWorker, output: Any) -> Any:
     """A late output has the records of whatever step was run last."""
     last.update(records=worker.end_step() if worker.plan.active else {})
-    output.get_output = lambda: SimpleNamespace(**{KEY: last["records"]})
+    output.get_output = lambda: SimpleNamespace(**{KEY: encode_step(last["records"])})
     return output
 
 

@@ -26,7 +26,7 @@ from editserver.engine.compat.reserved import abilities_of
 from editserver.engine.config import EngineConfig
 from editserver.engine.journal import Journal
 from editserver.engine.salt import edit_salt, plain_salt
-from editserver.engine.wire import KEY, StepRecord, decode_records, encode_records
+from editserver.engine.wire import KEY, StepRecord, decode_records, decode_step, encode_records
 from interventions.program import Payload
 
 SLOTS = "editserver_slots"
@@ -234,7 +234,8 @@ def _wrap_scheduler(scheduler: Any) -> None:
         self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
         state = _state(self)
-        records = getattr(model_runner_output, KEY, {})
+        told = getattr(model_runner_output, KEY, None)
+        records = decode_step(told) if told else {}
         running = {request_id: self.requests[request_id] for request_id in records if request_id in self.requests}
         outputs = update_from_output(self, scheduler_output, model_runner_output, *args, **kwargs)
         if state is None:

@@ -88,11 +88,12 @@ def arm_model(model: torch.nn.Module, vllm_config: Any, config: EngineConfig) ->
         op.install(worker)
         memory.install(vllm_config)
         logger.info(
-            "editserver: armed layers %s of %s, %d rows (%.0f MB)",
+            "editserver: armed layers %s of %s, %d rows (%.0f MB)%s",
             armed,
             type(model).__name__,
             config.bank_rows,
             worker.bank.n_bytes / 1e6,
+            "" if getattr(worker, "jobs", None) is None else ", the op in C++",
         )
     else:
         logger.info("editserver: none of the armed layers lies at this stage of the pipeline")

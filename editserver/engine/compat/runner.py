@@ -17,7 +17,7 @@ from editserver.engine.compat import pipeline
 from editserver.engine.compat.core import SLOTS, payload_of
 from editserver.engine.compat.kv_groups import whole_group
 from editserver.engine.engine import Engine, Records
-from editserver.engine.wire import KEY
+from editserver.engine.wire import KEY, encode_step
 from interventions.program import Payload
 
 
@@ -74,7 +74,7 @@ def remove(worker: Engine | None, request_id: str) -> None:
 
 
 def report(worker: Engine | None, output: Any) -> Any:
-    """The step's ``output`` with the records of what was done in it, by request id, as attribute ``KEY``.
+    """The step's ``output`` with the records of what was done in it as attribute ``KEY`` (:func:`encode_step`).
 
     Where the runner answers before the device is done (``AsyncModelRunnerOutput``, vllm/v1/outputs.py:354), the output that
     is waited for has them.
@@ -87,7 +87,7 @@ def report(worker: Engine | None, output: Any) -> Any:
     if hasattr(output, "get_output"):
         output.get_output = _Reporting(output.get_output, records)
     else:
-        setattr(output, KEY, records())
+        setattr(output, KEY, encode_step(records()))
     return output
 
 
@@ -100,5 +100,5 @@ class _Reporting:
 
     def __call__(self) -> Any:
         output = self.original()
-        setattr(output, KEY, self.records())
+        setattr(output, KEY, encode_step(self.records()))
         return output

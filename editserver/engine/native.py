@@ -1,0 +1,177 @@
+"""The op of the CPU's engine in C++, where a compiler is at hand: what is due at each layer, ready before the model runs.
+
+Between two armed layers a model sweeps all caches, so a step pays for every line of code and every object that an op goes
+through. Arithmetic is the same kernel's in either way (:func:`editserver.engine.kernel_cpu.edit_tokens`); what goes away is
+Python: the op of a layer that has nothing to do, or edits that need their own rows only, never enters the interpreter.
+Readings, rules, gates, whole dictionaries and agreement between ranks are Python's business as before.
+
+torch.compile on a CPU needs a C++ compiler anyway. Where there is none, or ``EDITSERVER_NATIVE_OP=0``, ops are Python's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from editserver.demo.model import cache_root
+from editserver.engine.kernel_cpu import A, edit_block
+
+logger = logging.getLogger("vllm.editserver")
+
+SOURCE = Path(__file__).with_name("native_op.cpp")
+SETTING = "EDITSERVER_NATIVE_OP"
+
+COLUMNS = DUE, RAN, ROWS, WIDTH, TYPE, AT = range(6)
+"""Of a layer's job, as ``Job`` in the C++ source has them."""
+NOTHING, EDIT, ASK = range(3)
+"""What is due: pass by; call the kernel with the arguments; ask Python."""
+TYPES = {torch.float32: 6, torch.bfloat16: 15}
+"""c10/core/ScalarType.h."""
+
+Array = npt.NDArray[Any]
+
+
+class Jobs:
+    """What is due at every layer in the step that comes: memory that the C++ op reads, at addresses that do not change.
+
+    Outside of a step everything is due that Python says: nothing, or to be asked.
+    """
+
+    def __init__(self, armed: Collection[int], width: int, dtype: torch.dtype) -> None:
+        self.armed = tuple(armed)
+        self._place = {layer: i for i, layer in enumerate(self.armed)}
+        self._arguments = np.zeros((len(self.armed), len(A)), np.int64)
+        self.table = np.zeros((max(self.armed, default=-1) + 1, len(COLUMNS)), np.int64)
+        self.table[:, DUE] = ASK
+        self.table[:, WIDTH] = width
+        self.table[:, TYPE] = TYPES.get(dtype, -1)
+        for layer, place in self._place.items():
+            self.table[layer, AT] = address(self._arguments[place])
+        self._due = np.full(len(self.table), ASK)
+        self._kept: dict[int, tuple[Array, ...]] = {}
+
+    def say(self, due: int) -> None:
+        """The same at every layer."""
+        self.table[:, DUE] = due
+
+    def know(self, due: Mapping[int, int], arguments: Mapping[int, Mapping[int, int | Array]]) -> None:
+        """What is due at each layer in steps with the same residents; ``arguments`` of the kernel where that is EDIT.
+
+        An array stands for its address, and is kept from going away.
+        """
+        self._due[:] = NOTHING
+        self._kept = {}
+        for layer, what in due.items():
+            self._due[layer] = what
+        for layer, given in arguments.items():
+            self._kept[layer] = tuple(value for value in given.values() if isinstance(value, np.ndarray))
+            row = self._arguments[self._place[layer]]
+            for column, value in given.items():
+                row[column] = address(value) if isinstance(value, np.ndarray) else value
+
+    def begin(self, tokens: int, rows: int) -> None:
+        """A step of ``tokens`` planned tokens, the last of them in row ``rows`` - 1 of the batch."""
+        self._arguments[:, A.n] = tokens
+        self.table[:, ROWS] = rows
+        self.table[:, RAN] = 0
+        self.table[:, DUE] = self._due
+
+    @property
+    def ran(self) -> set[int]:
+        """Layers whose edit was done without Python since :meth:`begin`."""
+        return {layer for layer in self.armed if self.table[layer, RAN]}
+
+
+def address(array: Array) -> int:
+    """Where a contiguous array's numbers begin."""
+    assert array.flags.c_contiguous
+    where: int = array.__array_interface__["data"][0]
+    return where
+
+
+_library: ctypes.CDLL | None = None
+"""The C++ op's, once it is loaded."""
+
+
+def serve(jobs: Jobs | None) -> None:
+    """The op looks at ``jobs`` from now on, which must stay; None: at nothing, and always asks Python."""
+    if _library is None:
+        return
+    if jobs is None:
+        _library.editserver_jobs(0, 0, 0)
+    else:
+        _library.editserver_jobs(address(jobs.table), len(jobs.table), edit_block())
+
+
+def load() -> bool:
+    """Have the C++ op take the place of Python's, in this process for good; False where it cannot be built.
+
+    It is built once for a source, a PyTorch and an interpreter: some seconds.
+    """
+    global _library
+    if _library is not None:
+        return True
+    if os.environ.get(SETTING, "1") == "0":
+        return False
+    try:
+        path = _built()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.warning("editserver: edits go through Python, as the op's C++ part could not be built: %s", _why(error))
+        return False
+    from editserver.engine import op
+
+    op.give_way()
+    torch.ops.load_library(path)
+    _library = ctypes.CDLL(path)
+    _library.editserver_jobs.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    _library.editserver_jobs.restype = None
+    return True
+
+
+def _built() -> str:
+    """Path of the shared object."""
+    from torch.utils import cpp_extension
+
+    what = (SOURCE.read_bytes(), torch.__version__.encode(), platform.machine().encode())
+    folder = cache_root() / "native"
+    built = folder / f"editserver_op_{hashlib.sha256(b'|'.join(what)).hexdigest()[:16]}.so"
+    if built.exists():
+        return str(built)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # ranks may build at once: the last one's stays
+        made = Path(scratch, built.name)
+        command = [
+            *shlex.split(cpp_extension.get_cxx_compiler()),
+            *(
+                "-O2",
+                "-std=c++20",
+                "-fPIC",
+                "-shared",
+                f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            ),
+            *(f"-I{path}" for path in cpp_extension.include_paths()),
+            *(f"-L{path}" for path in cpp_extension.library_paths()),
+            *(str(SOURCE), "-lc10", "-ltorch_cpu", "-o", str(made)),
+        ]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        made.replace(built)
+    return str(built)
+
+
+def _why(error: Exception) -> str:
+    said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+    lines = [line for line in said.splitlines() if "error" in line]
+    return lines[0] if lines else str(error)

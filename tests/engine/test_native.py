@@ -1,0 +1,242 @@
+"""The op's C++ part: it does what Python does, to the bit, or asks it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from editserver.engine import native, op
+from editserver.engine.wire import StepRecord
+from editserver.engine.worker import EngineWorker
+from interventions.program import Payload, Read, ReadKind
+from interventions.selectors import ALL
+from tests.engine.kernel_steps import LAYER, D, Step, dictionaries, new_worker, random_step
+
+SIMPLE = (ReadKind.NONE, ReadKind.NORM, ReadKind.DOT, ReadKind.LATENT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _op_in_front() -> Iterator[None]:
+    """The C++ op, and afterwards whichever engine this process had."""
+    before = op.current()
+    assert native.load(), "g++ is among what the tests need (docs/development.md)"
+    yield
+    if before is None:
+        op._worker = None
+        native.serve(None)
+    else:
+        op.install(before)
+
+
+def served(dtype: torch.dtype) -> EngineWorker:
+    """An engine as a server makes it."""
+    worker = new_worker(dtype)
+    worker.jobs = native.Jobs((LAYER,), D, dtype)
+    op.install(worker)
+    return worker
+
+
+class ThroughTheOp(EngineWorker):
+    """Has steps run through the dispatcher; notes what came back to Python."""
+
+    def __init__(self, worker: EngineWorker) -> None:
+        self.__dict__ = worker.__dict__
+        self.asked: list[int] = []
+        self.inside = False
+        op.install(self)
+
+    def run(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        if self.inside:
+            self.asked.append(layer)
+            super().run(layer, hidden, residual)
+            return
+        self.inside = True
+        try:
+            if residual is None:
+                torch.ops.editserver.edit_stream(hidden, layer)
+            else:
+                torch.ops.editserver.edit(hidden, residual, layer)
+        finally:
+            self.inside = False
+
+
+def same(a: dict[str, StepRecord], b: dict[str, StepRecord]) -> bool:
+    return a == b
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
+    st.integers(1, 6),
+)
+def test_a_step_through_the_op_is_the_step_of_python(seed: int, dtype: torch.dtype, split: bool, n_parts: int) -> None:
+    step = random_step(seed, dtype, split, n_parts)
+    python = step.run(new_worker(dtype))
+    worker = ThroughTheOp(served(dtype))
+    through = step.run(worker)
+    assert torch.equal(through.hidden.view(torch.uint8), python.hidden.view(torch.uint8))
+    if split:
+        assert through.residual is not None
+        assert python.residual is not None
+        assert torch.equal(through.residual.view(torch.uint8), python.residual.view(torch.uint8))
+    assert same(through.records, python.records)
+    programs = [part.payload.program for part in step.parts if part.payload is not None]
+    kinds = {channel.read for program in programs if program for channel in program.layers[0].channels}
+    alone = not kinds or (dtype is not torch.float16 and kinds <= set(SIMPLE))
+    assert worker.asked == ([] if alone else [LAYER]), kinds
+
+
+def test_a_mixed_batch_was_edited_without_python() -> None:
+    """What the property above says of ``asked`` is not empty: such steps exist, and they edit."""
+    n = 0
+    for seed in range(200):
+        step = random_step(seed, torch.bfloat16, True, 3, plain=0.4)
+        worker = ThroughTheOp(served(torch.bfloat16))
+        done = step.run(worker)
+        n += not worker.asked and not torch.equal(done.stream, step.stream)
+    assert n > 5
+
+
+def planned(worker: EngineWorker, reads: tuple[Read, ...] = ()) -> Step:
+    """A batch of one request that edits, of rows in the bank alone, planned and not yet run."""
+    for seed in range(10_000):
+        step = random_step(seed, torch.bfloat16, True, 1, plain=0.0)
+        (part,) = step.parts
+        assert part.payload is not None
+        assert part.payload.program is not None
+        kinds = {channel.read for channel in part.payload.program.layers[0].channels}
+        if (
+            len(part.ids) > 1
+            and kinds <= set(SIMPLE)
+            and not torch.equal(step.run(new_worker(torch.bfloat16)).stream, step.stream)
+        ):
+            break
+    payload = Payload(part.payload.program, reads, part.payload.digest)
+    worker.add_request("a", payload, list(range(len(payload.row_keys))), part.prompt_len)
+    query_start = np.array([0, len(part.ids)], np.int32)
+    worker.begin_step(["a"], query_start, part.positions.numpy(), part.ids.to(torch.int32).numpy())
+    return step
+
+
+def test_readings_are_pythons_business() -> None:
+    sae = dictionaries()[1]["relu"] if "relu" in dictionaries()[1] else next(iter(dictionaries()[1].values()))
+    worker = ThroughTheOp(served(torch.bfloat16))
+    step = planned(worker, (Read(sae.digest, LAYER, (1, 2), 0, ALL),))
+    worker.run(LAYER, step.hidden, step.residual)
+    assert worker.asked == [LAYER]
+    assert worker.end_step()["a"].reads
+
+
+def test_ranks_that_must_agree_are_asked_by_python() -> None:
+    worker = ThroughTheOp(served(torch.bfloat16))
+    agreed: list[int] = []
+    worker.agree = lambda h: agreed.append(len(h))
+    step = planned(worker)
+    worker.run(LAYER, step.hidden, step.residual)
+    assert worker.asked == [LAYER]
+    assert agreed
+
+
+@pytest.mark.parametrize("what", ["strides", "type", "length", "width"])
+def test_tensors_that_do_not_fit_go_to_python(what: str) -> None:
+    worker = ThroughTheOp(served(torch.bfloat16))
+    step = planned(worker)
+    assert step.residual is not None
+    plain = step.hidden.clone(), step.residual.clone()
+    given = {
+        "strides": lambda x: torch.cat([x, x], 1)[:, :D],
+        "type": lambda x: x.float(),
+        "length": lambda x: x[: worker.plan.stop - 1],
+        "width": lambda x: x[:, :-1].contiguous(),
+    }[what]
+    tensors = [given(x) for x in plain]
+    if what != "strides":
+        said = "dtypes match" if what == "type" else "do not carry the whole residual stream"
+        with pytest.raises(RuntimeError, match=said):  # Python's, through C++
+            worker.run(LAYER, *tensors)
+        assert worker.asked == [LAYER]
+        return
+    worker.run(LAYER, *tensors)
+    assert worker.asked == [LAYER]
+    done = Step(step.parts, *plain).run(new_worker(torch.bfloat16))
+    assert torch.equal(tensors[1], done.residual)
+
+
+def test_nothing_is_edited_between_steps_and_dummies_are_counted() -> None:
+    worker = ThroughTheOp(served(torch.bfloat16))
+    step = planned(worker)
+    tensors = step.hidden.clone(), step.residual.clone() if step.residual is not None else None
+    worker.run(LAYER, *tensors)
+    worker.end_step()
+    for _ in range(2):
+        again = step.hidden.clone(), step.residual.clone() if step.residual is not None else None
+        worker.run(LAYER, *again)
+        assert torch.equal(again[0], step.hidden)
+        worker.idle_step()
+    assert not worker.asked, "an idle op came to Python"
+    worker.count_visits()
+    worker.run(LAYER, *tensors)
+    assert worker.visits == {LAYER: 1}
+    worker.asked.clear()
+    worker.run(LAYER, *tensors)
+    assert not worker.asked, "an idle op came to Python once all was counted"
+
+
+def test_a_step_whose_op_did_not_run_is_an_error() -> None:
+    worker = ThroughTheOp(served(torch.bfloat16))
+    planned(worker)
+    with pytest.raises(RuntimeError, match="did not run in this step"):
+        worker.end_step()
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return found.stdout + found.stderr
+
+
+WITHOUT = """
+import logging, torch
+logging.basicConfig()
+from editserver.engine import native, op
+assert not native.load()
+try:
+    torch.ops.editserver.edit(torch.zeros(1, 2), torch.zeros(1, 2), 0)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "environment", [{native.SETTING: "0"}, {"CXX": "false"}, {"CXX": "no-such-compiler"}], ids=lambda e: "".join(e)
+)
+def test_without_it_ops_are_pythons(environment: dict[str, Any], tmp_path: Path) -> None:
+    said = in_a_process(WITHOUT, EDITSERVER_CACHE=str(tmp_path), **environment)
+    assert "an armed layer ran in a process that has no editserver engine" in said
+    assert ("could not be built" in said) == (native.SETTING not in environment)
+
+
+def test_the_source_is_built_once(tmp_path: Path) -> None:
+    code = "from editserver.engine import native; assert native.load()"
+    in_a_process(code, EDITSERVER_CACHE=str(tmp_path))
+    in_a_process(code, EDITSERVER_CACHE=str(tmp_path), CXX="no-such-compiler")
+    (built,) = (tmp_path / "native").iterdir()
+    assert built.suffix == ".so"
