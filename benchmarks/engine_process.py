@@ -7,14 +7,17 @@ knows what it is to be, and what goes over the socket are plain values.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -45,6 +48,7 @@ class Ran:
 
     Attributes:
         seconds: from the first request to the last token.
+        step: the median of what a step took, from the third token of the slowest request on: prompts have been computed.
         edited: tokens that the requests' first intervention changed at layer 15, by editserver's receipts.
         read: tokens that were inspected or judged by rules.
         accepted, drafted: drafts of speculation.
@@ -52,6 +56,7 @@ class Ran:
     """
 
     seconds: float
+    step: float
     edited: int
     read: int
     accepted: int
@@ -170,8 +175,10 @@ def _run(llm: Any, batch: Batch) -> dict[str, Any]:
     llm.reset_prefix_cache()
     accepted, drafted = _drafts(llm)
     start = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    with _steps(llm) as ended:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
+    periods = [after - before for before, after in itertools.pairwise(ended)][-max(1, batch.max_tokens - 2) :]
     accepted_after, drafted_after = _drafts(llm)
     journals = [j for o in outputs if (j := getattr(o.outputs[0], "editserver", None)) is not None]
     stop = len(batch.prompts[0]) + batch.max_tokens
@@ -179,12 +186,31 @@ def _run(llm: Any, batch: Batch) -> dict[str, Any]:
     read += sum(len(trace.held) - 1 for journal in journals if (trace := journal.rules) is not None)
     return {
         "seconds": seconds,
+        "step": statistics.median(periods) if periods else seconds,
         "edited": sum(journal.stats(0, 15, stop).fired for journal in journals if journal.payload.program),
         "read": read,
         "accepted": accepted_after - accepted,
         "drafted": drafted_after - drafted,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
     }
+
+
+@contextmanager
+def _steps(llm: Any) -> Iterator[list[float]]:
+    """When each step of the engine has been answered, in seconds."""
+    ended: list[float] = []
+    step = llm.llm_engine.step
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        out = step(*args, **kwargs)
+        ended.append(time.perf_counter())
+        return out
+
+    llm.llm_engine.step = timed
+    try:
+        yield ended
+    finally:
+        del llm.llm_engine.step
 
 
 def _extra_args(batch: Batch) -> Sequence[dict[str, Any] | None]:

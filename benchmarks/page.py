@@ -55,17 +55,21 @@ def page(record: Record, source: str, earlier: Sequence[str] = ()) -> str:
 
 _HEAD = """# What editing costs
 
-Throughput and time to first token as ratios to vLLM without the plugin: 1.00 says that editing cost nothing, 0.97 that it
-cost 3 %. This page is made from a record by `python -m benchmarks.page`; no figure in it was typed.
+Throughput, the time of a decoding step and time to first token as ratios to vLLM without the plugin: 1.00 says that editing
+cost nothing, 0.97 that it cost 3 %. This page is made from a record by `python -m benchmarks.page`; no figure in it was typed.
 
 **How it is measured.** Every system runs in processes of its own on the same machine, side by side, and they take turns;
 whose turn it is not, stands still. In each round every load runs once, in rotating order, between two runs of vanilla. A
-ratio is the mean of those two / the system. A process keeps a speed of its own for its life, by where its memory happens to
-lie: two processes of vanilla differ as well. So vanilla and editserver are started several times, in another order each time
-(peers once), with memory in large pages, where they differ least; a table has the mean over the starts of the medians over
-their rounds, and the least and the largest ratio of any round. All requests of a load edit differently (other latents, other
-vectors, other rules each), on every token, and the receipts are checked to say so. The dictionaries are random directions, so
-about half of the latents are active at every token: far more than of a trained one."""
+ratio is the mean of those two / the system. All requests of a load edit differently (other latents, other vectors, other rules
+each), on every token, and the receipts are checked to say so. The dictionaries are random directions, so about half of the
+latents are active at every token: far more than of a trained one.
+
+**What blurs it.** A process keeps a speed of its own for its life, by where its memory happens to lie: two processes of vanilla
+differ as well. So vanilla and editserver are started several times, in another order each time (peers once), with memory in
+large pages, where they differ least; a table has the mean over the starts of the medians over their rounds, and the least and
+the largest ratio of any round. And a machine that others use as well changes its speed within seconds, faster than runs of
+seconds can take turns. The step of a decoding batch is therefore measured by itself as well: the median of a run of one
+second, many times."""
 
 _AGAIN = """## Again, on your machine
 
@@ -99,6 +103,8 @@ def _measured(record: Record, source: str) -> str:
         facts["noise"] = (
             f"a run of vanilla against the next one: {noise[0]:.3f} to {noise[1]:.3f} (5th to 95th percentile)"
         )
+        if (steps := spread(record, "step")) is not None:
+            facts["noise"] += f"; the median step of a run: {steps[0]:.3f} to {steps[1]:.3f}"
     text = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {what} |" for name, what in facts.items())])
     for failure in record.get("failures", ()):
         text += f"\n\n**Not measured:** {failure}"

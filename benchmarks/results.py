@@ -5,7 +5,7 @@
      "scenarios": [{"id", "short", "title", "quantity", "tokens", "requests",
                     "loads": [{"entry", "system", "load", "title", "goal", "agreement"?}], "again"?: "date, commit, command",
                     "starts"?: [n],
-                    "rounds": [[{"entry", "seconds" | "ttft" | "milliseconds", …}, …]]}]}
+                    "rounds": [[{"entry", "seconds" | "step" | "ttft" | "milliseconds", …}, …]]}]}
 
 ``rounds`` has every run in the order of time; everything else on a page is computed from it. ``starts`` says how many of the
 rounds were run before the systems' processes were started anew.
@@ -177,13 +177,13 @@ def _accepted(rounds: Sequence[Sequence[Record]], entry: str) -> tuple[float, fl
     return shares[0], shares[1]
 
 
-def spread(record: Record) -> tuple[float, float] | None:
-    """Ratios of vanilla's throughput runs to the next ones: the 5th and 95th percentile over all scenarios."""
+def spread(record: Record, quantity: str = "throughput") -> tuple[float, float] | None:
+    """Ratios of vanilla's runs to the next ones: the 5th and 95th percentile over all scenarios of that quantity."""
     found = [
         ratio
         for scenario in record["scenarios"]
-        if scenario["quantity"] == "throughput"
-        for ratio in noise(scenario["rounds"], "seconds")
+        if scenario["quantity"] == quantity
+        for ratio in noise(scenario["rounds"], {"throughput": "seconds"}.get(quantity, quantity))
     ]
     if len(found) < 2:
         return None

@@ -72,7 +72,7 @@ class Plan:
                 continue
             for start in range(self.starts):
                 entries = [e for e, (system, _) in self.entries(one).items() if system in self.taking_part(start)]
-                n += (self.rounds + 1) * len(turns(entries, 0)) if entries else 0
+                n += (self.rounds * one.times + 1) * len(turns(entries, 0)) if entries else 0
         return n
 
     def taking_part(self, start: int) -> list[str]:
@@ -167,11 +167,12 @@ def _scenario(scenario: Scenario, plan: Plan, systems: dict[str, System], progre
     said: dict[str, list[list[int]]] = {}
     salt = 1000 * len(found.starts)
     found.starts.append(0)
-    for round_ in range(plan.rounds + 1):
+    n_rounds = plan.rounds * scenario.times
+    for round_ in range(n_rounds + 1):
         order = []
         for entry in turns(list(entries), round_):
             system, load = known[entry]
-            progress(f"{scenario.id}, round {round_} of {plan.rounds}: {entry}", 0)
+            progress(f"{scenario.id}, round {round_} of {n_rounds}: {entry}", 0)
             salt += 1
             for name, other in systems.items():
                 if name != system:
@@ -180,7 +181,7 @@ def _scenario(scenario: Scenario, plan: Plan, systems: dict[str, System], progre
             measured = systems[system].run(scenario, load, salt)
             said[entry] = measured.pop("first_tokens", [])
             order.append({"entry": entry} | {key: _rounded(value) for key, value in measured.items()})
-            progress(f"{scenario.id}, round {round_} of {plan.rounds}: {entry}", 1)
+            progress(f"{scenario.id}, round {round_} of {n_rounds}: {entry}", 1)
         if round_:  # the first one warms up
             found.rounds.append(order)
             found.starts[-1] += 1

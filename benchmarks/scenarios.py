@@ -85,7 +85,8 @@ class Scenario:
         short: in front of a load, where there is no room for ``title``.
         concurrency: requests on their way at once; 0: all.
         repeats: how often a prompt says the same, so that a draft of what comes next is mostly right, edited or not.
-        quantity: "throughput" or "ttft", which of the two the ratios are of.
+        quantity: "throughput", "step" (the median time of a decoding step of a run) or "ttft": what the ratios are of.
+        times: how many rounds of it count as one; runs that are short are worth little each.
         default: whether a run without ``--cases`` measures it.
     """
 
@@ -100,6 +101,7 @@ class Scenario:
     concurrency: int = 0
     repeats: int = 1
     quantity: str = "throughput"
+    times: int = 1
     default: bool = True
 
     @property
@@ -113,6 +115,7 @@ class Scenario:
             self,
             title=f"{self.title} (in small)",
             loads=tuple(replace(load, goal=None) for load in self.loads),
+            times=1,
             n_requests=min(self.n_requests, 16),
             prompt_len=min(self.prompt_len, 128),
             max_tokens=min(self.max_tokens, 8),
@@ -128,7 +131,28 @@ EIGHT = Load("8", "8 latents on 3 layers each", Ask.LATENTS, 8)
 UNDISTURBING = replace(EIGHT, amount=1e-6)
 """Edited in every respect, but hardly changing the text: speculation is then right about as often as without."""
 
+AIMED = (
+    IDLE,
+    Load("1", "1 latent on 3 layers each", Ask.LATENTS, 1, goal=0.99),
+    replace(EIGHT, goal=0.97),
+    Load("32", "32 latents on 3 layers each", Ask.LATENTS, 32, goal=0.95),
+    Load("inspect", "8 features inspected at 1 layer", Ask.INSPECT, 8, AT_15, goal=0.97),
+)
+"""Goals of decoding."""
+
 _ALL = (
+    Scenario(
+        "step",
+        "a step of 16 requests",
+        "a decoding step of 16 requests: the median of 14, next to as many of vanilla's",
+        Group.ENGINE,
+        16,
+        32,
+        16,
+        tuple(replace(load, systems=(EDITSERVER,)) for load in AIMED),
+        quantity="step",
+        times=8,
+    ),
     Scenario(
         "decode",
         "16 requests",
@@ -138,11 +162,7 @@ _ALL = (
         32,
         48,
         (
-            IDLE,
-            Load("1", "1 latent on 3 layers each", Ask.LATENTS, 1, goal=0.99),
-            replace(EIGHT, goal=0.97),
-            Load("32", "32 latents on 3 layers each", Ask.LATENTS, 32, goal=0.95),
-            Load("inspect", "8 features inspected at 1 layer", Ask.INSPECT, 8, AT_15, goal=0.97),
+            *AIMED,
             Load("vector", "a steering vector on 3 layers each", Ask.VECTORS, 1, systems=PEERS),
             Load("app", "APP on a 50-latent concept each", Ask.APP, 50, AT_15),
             Load("rules", "8 propositions and 16 rules each", Ask.RULES_FLAG, 0, AT_15),

@@ -119,6 +119,8 @@ class EngineSystem:
         if self.name == EDITSERVER:
             _check(scenario, load, ran.edited, ran.read)
         record: dict[str, Any] = {"seconds": ran.seconds, "first_tokens": [tokens[:4] for tokens in ran.tokens]}
+        if scenario.quantity == "step":
+            record["step"] = ran.step
         if ran.drafted:
             record |= {"accepted": ran.accepted, "drafted": ran.drafted}
         return record

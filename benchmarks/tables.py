@@ -33,11 +33,11 @@ def ends(row: Row) -> tuple[str, str]:
 
 
 def absolute(row: Row) -> tuple[str, str]:
-    """What vanilla did, and what this system did: tok/s, or ms to the first token."""
+    """What vanilla did, and what this system did: tok/s, or ms of a step or to the first token."""
     values = (row.compared.baseline, row.compared.own)
     if row.quantity == "throughput":
         first, second = (f"{row.tokens / seconds:.0f} tok/s" for seconds in values)
-    elif row.quantity == "ttft":
+    elif row.quantity in ("ttft", "step"):
         first, second = (f"{1e3 * seconds:.1f} ms" for seconds in values)
     else:
         first, second = f"{values[0]:.2f} ms", f"{values[0] + values[1]:.2f} ms"
