@@ -99,18 +99,21 @@ def _measured(record: Record, source: str) -> str:
         f"{versions.get('editserver', '?')} at `{versions.get('commit', '?')}`, Python {versions['python']}",
         "record": f"[{source}](../benchmarks/results/{source}), by `{record['command']}`",
     }
-    if (noise := spread(record)) is not None:
-        facts["noise"] = (
-            f"a run of vanilla against the next one: {noise[0]:.3f} to {noise[1]:.3f} (5th to 95th percentile)"
-        )
-        if (steps := spread(record, "step")) is not None:
-            facts["noise"] += f"; the median step of a run: {steps[0]:.3f} to {steps[1]:.3f}"
+    if _noise(record):
+        facts["noise"] = _noise(record)
     text = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {what} |" for name, what in facts.items())])
     for failure in record.get("failures", ()):
         text += f"\n\n**Not measured:** {failure}"
     if record.get("quick"):
         text += "\n\n**A quick run: one round of small cases, which shows that everything works and measures nothing.**"
     return text
+
+
+def _noise(record: Record) -> str:
+    """How far vanilla is from itself; empty where no two runs say so."""
+    told = {"a run": spread(record), "the median step of a run": spread(record, "step")}
+    ranges = [f"{what} {found[0]:.3f} to {found[1]:.3f}" for what, found in told.items() if found is not None]
+    return f"vanilla against itself, 5th to 95th percentile: {', '.join(ranges)}" if ranges else ""
 
 
 def _goals(found: Sequence[Row]) -> str:
@@ -197,7 +200,7 @@ def readme(record: Record) -> str:
     """The README's table: what has a goal, and what a peer did beside us, without the absolute figures."""
     found = rows(record)
     rivals = {(row.scenario_title, row.load) for row in found if row.system != EDITSERVER}
-    lines = ["| case | ratio (median) | min | max | goal |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| case | ratio | min | max | goal |", "| --- | --- | --- | --- | --- |"]
     for row in found:
         if row.goal is None and (row.scenario_title, row.load) not in rivals:
             continue
@@ -205,6 +208,8 @@ def readme(record: Record) -> str:
             lines.append(f"| {row.short} | + {ratio(row)} | | | {_aim(row)} |")
         else:
             lines.append(f"| {_short(row)} | {ratio(row)} | {' | '.join(ends(row))} | {_aim(row)} |")
+    if noise := _noise(record):
+        lines += ["", f"{noise[0].upper()}{noise[1:]}."]
     machine = record["machine"]
     return (
         f"`make bench`, ratios to vLLM without the plugin in the same run, {record['model']}, {machine['cpu']}, "

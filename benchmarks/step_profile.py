@@ -4,10 +4,10 @@ No model runs. The engine of a worker is driven as an armed model drives it, wit
 between the parts of a step the caches are swept, as the model's own weights sweep them. Loads take turns, round by round.
 
 * plan: `begin_step`, what happens before the forward pass;
-* op: `run` of all armed layers, without the kernel; what is left is Python, conversions and the write back;
-* kernel: the compiled edit of all layers;
-* records: `end_step`;
-* core: encoding of the step records for the API process;
+* op: the custom op of all armed layers, through PyTorch's dispatcher. With `--python` it is Python's, and the compiled edit is
+  shown by itself: kernel;
+* records: `end_step`, and their encoding for the core;
+* core: their decoding, and encoding for the API process;
 * api: decoding, and entry in the journals.
 
 The admission table has the parts of one request's arrival: the payload is decoded once by the worker, its rows are put
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -117,6 +118,7 @@ class Scene:
         import numpy as np
         import torch
 
+        from editserver.engine import native
         from editserver.engine.bank import BankLedger
         from editserver.engine.journal import Journal
         from editserver.engine.worker import EngineWorker
@@ -124,6 +126,8 @@ class Scene:
         self.load = load
         n = load.n_requests * load.n_tokens
         self.worker = EngineWorker(config, D_MODEL, torch.bfloat16, n)
+        if native.load():
+            self.worker.jobs = native.Jobs(config.armed, D_MODEL, torch.bfloat16)
         self.ledger = BankLedger(config.bank_rows)
         made = payloads(load, {source.layer: source.digest for source in config.saes})
         self.names = [f"request-{i}" for i in range(load.n_requests)]
@@ -148,13 +152,16 @@ class Scene:
     def step(self, clock: Clock, sweep: Callable[[], None]) -> None:
         """One forward pass and its way back."""
         import numpy as np
+        import torch
 
         import editserver.engine.worker
-        from editserver.engine.wire import decode_records, encode_records
+        from editserver.engine import op
+        from editserver.engine.wire import decode_records, decode_step, encode_records, encode_step
 
         load, worker = self.load, self.worker
         positions = np.tile(np.arange(self.start, self.start + load.n_tokens), load.n_requests)
         streams = [(self.hidden.clone(), self.residual.clone()) for _ in LAYERS]
+        op.install(worker)
         sweep()
         with clock.of("plan"):
             worker.begin_step(list(self.names), self.query_start, positions, self.ids)
@@ -169,14 +176,15 @@ class Scene:
         for layer, (hidden, residual) in zip(LAYERS, streams, strict=True):
             sweep()
             with clock.of("op"):
-                worker.run(layer, hidden, residual)
+                torch.ops.editserver.edit(hidden, residual, layer)
         engine.edit_tokens = kernel
         sweep()
         with clock.of("records"):
-            records = worker.end_step()
-        assert len(records) == len(self.journals)
+            told = encode_step(worker.end_step())
+        sweep()
         with clock.of("core"):
-            sent = {name: encode_records([record]) for name, record in records.items()}
+            sent = {name: encode_records([record]) for name, record in decode_step(told).items()}
+        assert len(sent) == len(self.journals)
         sweep()
         with clock.of("api"):
             for name, data in sent.items():
@@ -242,7 +250,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=30, help="steps per load (default 30)")
     parser.add_argument("--loads", nargs="*", default=[], help="only loads whose name contains one of these")
     parser.add_argument("--warm", action="store_true", help="leave the caches alone")
+    parser.add_argument("--python", action="store_true", help="without the op's C++ part")
     args = parser.parse_args(argv)
+
+    if args.python:
+        os.environ["EDITSERVER_NATIVE_OP"] = "0"
 
     import torch
     from rich.console import Console

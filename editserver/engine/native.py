@@ -18,7 +18,8 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ def serve(jobs: Jobs | None) -> None:
         _library.editserver_jobs(0, 0, 0)
     else:
         _library.editserver_jobs(address(jobs.table), len(jobs.table), edit_block())
+
+
+@contextmanager
+def aside(jobs: Jobs | None) -> Iterator[None]:
+    """While this lasts every op comes to Python; afterwards ``jobs`` count again."""
+    serve(None)
+    try:
+        yield
+    finally:
+        serve(jobs)
 
 
 def load() -> bool:

@@ -168,10 +168,12 @@ class Extension:
             op.current().finish = finish
 
     def watch(self) -> None:
-        """Keep the stream before and behind every armed layer's op, from now on."""
-        from editserver.engine import op
+        """Keep the stream before and behind every armed layer's op, which is Python's from now on."""
+        from editserver.engine import native, op
 
         engine = op.current()
+        engine.jobs = None
+        native.serve(None)
         run = engine.run
 
         def watched(layer: int, hidden: Any, residual: Any) -> None:

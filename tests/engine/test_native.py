@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editserver.engine import native, op
+from editserver.engine.compat import parallel
 from editserver.engine.wire import StepRecord
 from editserver.engine.worker import EngineWorker
 from interventions.program import Payload, Read, ReadKind
@@ -192,6 +193,20 @@ def test_nothing_is_edited_between_steps_and_dummies_are_counted() -> None:
     worker.asked.clear()
     worker.run(LAYER, *tensors)
     assert not worker.asked, "an idle op came to Python once all was counted"
+
+
+def test_ranks_that_are_compared_hear_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = served(torch.bfloat16)
+    monkeypatch.setattr(parallel, "_difference", lambda *_: 0.5)
+    hidden, residual, worst = torch.zeros(2, D).bfloat16(), torch.zeros(2, D).bfloat16(), dict[int, float]()
+    with parallel._compared(worker, worst) as ran:
+        worker.idle_step()
+        torch.ops.editserver.edit(hidden, residual, LAYER)
+    assert ran == {LAYER}
+    assert worst == {LAYER: 0.5}
+    asking = ThroughTheOp(worker)
+    asking.run(LAYER, hidden, residual)
+    assert not asking.asked, "idle ops come to Python for good"
 
 
 def test_a_step_whose_op_did_not_run_is_an_error() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from editserver.engine import op
+from editserver.engine import native, op
 from editserver.engine.compat import handshake, signatures
 from editserver.engine.config import EngineConfig
 from editserver.engine.splice import UnsupportedModel
@@ -133,7 +133,8 @@ def _compared(engine: Any, worst: dict[int, float]) -> Iterator[set[int]]:
 
     engine.run = run
     try:
-        yield ran
+        with native.aside(getattr(engine, "jobs", None)):
+            yield ran
     finally:
         del engine.run
 
