@@ -29,7 +29,7 @@ help:
 	@echo 'make setup   build .venv from the pinned CPU locks (a few minutes, once)'
 	@echo 'make demo    serve a small chat model on CPU and show one answer plain and one edited'
 	@echo 'make test    lint, types, import direction and every test, the real engine included'
-	@echo 'make bench   what editing costs, against vLLM without the plugin; about an hour (ARGS=--quick; ARGS=--help)'
+	@echo 'make bench   what editing costs, against vLLM without the plugin; an hour or more (ARGS=--quick; ARGS=--help)'
 	@echo 'make bench-peers  an environment for vllm-lens, which make bench then compares with as well'
 	@echo 'make reproduce-app  what taking a concept away costs, by four methods (ARGS=--quick: 3 minutes)'
 	@echo 'make reproduce-unlearning  what is left of an entity under maps, clamps behind gates and a prompt (ARGS=--quick)'

@@ -7,7 +7,7 @@ receipts are checked to say so. Everything is written to a JSON file, from which
 docs/benchmarks.md.
 
 examples:
-  make bench                                      the default scenarios and the page (about an hour on two quiet cores)
+  make bench                                      the default scenarios and the page (an hour or more on two quiet cores)
   make bench ARGS=--quick                         does everything work? small cases, one round, no page
   python -m benchmarks --cases decode --rounds 3  one scenario
   python -m benchmarks --systems editserver       without the peer

@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.results import FOLDER, PARTS, Record, Row, committed, read, rows, spread
+from benchmarks.results import FOLDER, PARTS, Record, Row, beside_idle, committed, read, rows, spread
 from benchmarks.scenarios import EDITSERVER, LENS, SYSTEMS
 from benchmarks.tables import absolute, ends, goal, ratio, title, verdict
 
@@ -184,6 +184,12 @@ def _remarks(lines: Sequence[Row]) -> list[str]:
                 f"{title(row)}: {100 * row.agreement:.0f} % of the requests begin with the same four tokens as under editserver "
                 "with the same vectors."
             )
+    if beside := beside_idle(lines, EDITSERVER):
+        titles = {row.load: title(row) for row in lines if row.system == EDITSERVER}
+        ratios = ", ".join(f"{titles[load]} {ratio:.3f}" for load, ratio in beside.items())
+        said.append(
+            f"Next to the same process without a request that edits, which no difference between processes can blur: {ratios}."
+        )
     return [" ".join(said)] if said else []
 
 

@@ -162,6 +162,20 @@ def scenario_rows(scenario: Record) -> list[Row]:
     return made
 
 
+def beside_idle(lines: Sequence[Row], system: str) -> dict[str, float]:
+    """Of each load of ``system`` in one scenario that asks for something: its ratio / that of the load that asks for nothing.
+
+    Both are of the same processes, so what differs between processes falls out: the mean over the starts.
+    """
+    own = [row for row in lines if row.system == system]
+    idle = next((row.compared.by_start for row in own if row.load == "idle"), ())
+    return {
+        row.load: statistics.fmean(ours / theirs for ours, theirs in zip(row.compared.by_start, idle, strict=True))
+        for row in own
+        if row.load != "idle" and idle and len(idle) == len(row.compared.by_start)
+    }
+
+
 def _parts(rounds: Sequence[Sequence[Record]], entry: str) -> dict[str, float]:
     turns = [turn for order in rounds for turn in order if turn["entry"] == entry]
     return {name: statistics.median(turn[name] for turn in turns) for name in PARTS if name in turns[0]}

@@ -84,6 +84,26 @@ def test_of_several_starts_each_is_shown():
     assert "| ≥ 0.97 | missed by 0.170 | 0.800 0.800 |" in text
 
 
+def test_what_a_process_keeps_for_its_life_falls_out_beside_its_own_idle_load():
+    slow, fast = 1.25, 1.0  # two starts: editserver's process is slower in the first, whatever it is asked
+    rounds = [
+        [
+            {"entry": BASELINE, "seconds": 1.0},
+            {"entry": "editserver/idle", "seconds": pace},
+            {"entry": BASELINE, "seconds": 1.0},
+            {"entry": EIGHT, "seconds": pace / 0.98},
+        ]
+        for pace in (slow, fast)
+    ]
+    record = _record()
+    record["scenarios"][0] |= {
+        "rounds": rounds, "starts": [1, 1], "loads": [_load("editserver/idle", 0.99), _load(EIGHT, 0.97)]
+    }  # fmt: skip
+    text = pages.page(record, "r.json")
+    assert "| 0.882 |" in text
+    assert "blur: title of 8 0.980." in text
+
+
 def test_a_goal_that_is_met_is_not_in_the_list():
     text = pages.page(_record(1.02), "r.json")
     assert "2 of 2 are met." in text
