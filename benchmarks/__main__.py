@@ -56,8 +56,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--starts", type=int, default=STARTS,
-        help="how often vanilla and editserver are started, to be measured anew: a process keeps a speed of its own, by where "
-        f"its memory happens to lie (default {STARTS})",
+        help="how often vanilla and editserver are started, to be measured anew: a process keeps a speed of its own for its "
+        f"life (default {STARTS})",
     )  # fmt: skip
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS,
