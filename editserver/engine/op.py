@@ -20,7 +20,7 @@ _library.define("edit(Tensor(a!) hidden, Tensor(b!) residual, int layer) -> ()")
 _library.define("edit_stream(Tensor(a!) hidden, int layer) -> ()")
 _library.define("edit_in_python(Tensor(a!) hidden, Tensor(b!) residual, int layer) -> ()")
 _library.define("edit_stream_in_python(Tensor(a!) hidden, int layer) -> ()")
-_on_cpu = torch.library.Library("editserver", "IMPL", "CPU")
+_on_cpu: torch.library.Library | None = None
 
 _worker: Engine | None = None
 
@@ -34,7 +34,19 @@ def install(worker: Engine) -> None:
 
 def give_way() -> None:
     """The C++ op is about to be registered for the CPU."""
-    _on_cpu._destroy()
+    global _on_cpu
+    if _on_cpu is not None:
+        _on_cpu._destroy()
+        _on_cpu = None
+
+
+def take_over() -> None:
+    """The op on the CPU is Python's, as long as it does not :func:`give_way`."""
+    global _on_cpu
+    if _on_cpu is None:
+        _on_cpu = torch.library.Library("editserver", "IMPL", "CPU")
+        _on_cpu.impl("edit", _edit)
+        _on_cpu.impl("edit_stream", _edit_stream)
 
 
 def current() -> Engine | None:
@@ -69,7 +81,6 @@ for _key in ("CPU", "CUDA"):  # which engine is installed decides what runs, not
     _library.impl("edit_stream_in_python", _edit_stream, _key)
 _library.impl("edit", _edit, "CUDA")
 _library.impl("edit_stream", _edit_stream, "CUDA")
-_on_cpu.impl("edit", _edit)
-_on_cpu.impl("edit_stream", _edit_stream)
+take_over()
 torch.library.register_fake("editserver::edit", _edit_fake, lib=_library)
 torch.library.register_fake("editserver::edit_stream", _edit_stream_fake, lib=_library)

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from editserver.engine import native, op
 from editserver.engine.compat import parallel
-from editserver.engine.wire import StepRecord
 from editserver.engine.worker import EngineWorker
 from interventions.program import Payload, Read, ReadKind
 from interventions.selectors import ALL
@@ -71,10 +70,6 @@ class ThroughTheOp(EngineWorker):
             self.inside = False
 
 
-def same(a: dict[str, StepRecord], b: dict[str, StepRecord]) -> bool:
-    return a == b
-
-
 @settings(max_examples=120, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
@@ -92,7 +87,7 @@ def test_a_step_through_the_op_is_the_step_of_python(seed: int, dtype: torch.dty
         assert through.residual is not None
         assert python.residual is not None
         assert torch.equal(through.residual.view(torch.uint8), python.residual.view(torch.uint8))
-    assert same(through.records, python.records)
+    assert through.records == python.records
     programs = [part.payload.program for part in step.parts if part.payload is not None]
     kinds = {channel.read for program in programs if program for channel in program.layers[0].channels}
     alone = not kinds or (dtype is not torch.float16 and kinds <= set(SIMPLE))
@@ -132,7 +127,7 @@ def planned(worker: EngineWorker, reads: tuple[Read, ...] = ()) -> Step:
 
 
 def test_readings_are_pythons_business() -> None:
-    sae = dictionaries()[1]["relu"] if "relu" in dictionaries()[1] else next(iter(dictionaries()[1].values()))
+    sae = next(iter(dictionaries()[1].values()))
     worker = ThroughTheOp(served(torch.bfloat16))
     step = planned(worker, (Read(sae.digest, LAYER, (1, 2), 0, ALL),))
     worker.run(LAYER, step.hidden, step.residual)
@@ -247,6 +242,15 @@ def test_without_it_ops_are_pythons(environment: dict[str, Any], tmp_path: Path)
     said = in_a_process(WITHOUT, EDITSERVER_CACHE=str(tmp_path), **environment)
     assert "an armed layer ran in a process that has no editserver engine" in said
     assert ("could not be built" in said) == (native.SETTING not in environment)
+
+
+def test_a_build_that_cannot_be_loaded_leaves_ops_to_python(tmp_path: Path) -> None:
+    in_a_process("from editserver.engine import native; assert native.load()", EDITSERVER_CACHE=str(tmp_path))
+    (built,) = (tmp_path / "native").iterdir()
+    built.write_bytes(b"no library")
+    said = in_a_process(WITHOUT, EDITSERVER_CACHE=str(tmp_path))
+    assert "an armed layer ran in a process that has no editserver engine" in said
+    assert "could not be built" in said
 
 
 def test_the_source_is_built_once(tmp_path: Path) -> None:
