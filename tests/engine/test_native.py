@@ -94,6 +94,20 @@ def test_a_step_through_the_op_is_the_step_of_python(seed: int, dtype: torch.dty
     assert worker.asked == ([] if alone else [LAYER]), kinds
 
 
+def test_requests_that_come_and_go_are_edited_by_their_own_programs() -> None:
+    """One engine, step upon step: what it wrote down for other residents is never used again."""
+    worker, alone = ThroughTheOp(served(torch.bfloat16)), 0
+    for seed in range(60):
+        step = random_step(seed, torch.bfloat16, True, 1 + seed % 4)
+        python, through = step.run(new_worker(torch.bfloat16)), step.run(worker)
+        assert torch.equal(through.hidden, python.hidden)
+        assert torch.equal(through.stream, python.stream)
+        assert through.records == python.records
+        alone += not worker.asked and not torch.equal(through.stream, step.stream)
+        worker.asked.clear()
+    assert alone > 2
+
+
 def test_a_mixed_batch_was_edited_without_python() -> None:
     """What the property above says of ``asked`` is not empty: such steps exist, and they edit."""
     n = 0
