@@ -3,10 +3,10 @@
 No model runs. The engine of a worker is driven as an armed model drives it, with hidden states of random numbers in bf16;
 between the parts of a step the caches are swept, as the model's own weights sweep them. Loads take turns, round by round.
 
-* plan: `begin_step`, what happens before the forward pass;
+* plan: `begin`, what happens before the forward pass;
 * op: the custom op of all armed layers, through PyTorch's dispatcher. With `--python` it is Python's, and the compiled edit is
   shown by itself: kernel;
-* records: `end_step`, and their encoding for the core;
+* records: `finish`, and their encoding for the core;
 * core: their decoding, and encoding for the API process;
 * api: decoding, and entry in the journals.
 
@@ -115,7 +115,6 @@ class Scene:
     """A worker, its core and its API in one process, with the requests of one load resident."""
 
     def __init__(self, load: Load, config: EngineConfig) -> None:
-        import numpy as np
         import torch
 
         from editserver.engine import native
@@ -135,8 +134,9 @@ class Scene:
         for name, one in zip(self.names, made, strict=True):
             if one is not None:
                 self.admit(name, one)
-        self.query_start = np.arange(0, n + 1, load.n_tokens, dtype=np.int32)
-        self.ids = np.full(n, 5, np.int32)
+        self.query_start = torch.arange(0, n + 1, load.n_tokens, dtype=torch.int32)
+        self.ids = torch.full((n,), 5, dtype=torch.int32)
+        self.positions = torch.zeros(n, dtype=torch.int64)
         self.start = 1
         generator = torch.Generator().manual_seed(0)
         self.residual = (torch.randn(n, D_MODEL, generator=generator) * 4).bfloat16()
@@ -156,15 +156,27 @@ class Scene:
 
         import editserver.engine.worker
         from editserver.engine import op
+        from editserver.engine.batch import StepBatch
         from editserver.engine.wire import decode_records, decode_step, encode_records, encode_step
 
         load, worker = self.load, self.worker
-        positions = np.tile(np.arange(self.start, self.start + load.n_tokens), load.n_requests)
+        n, rows = load.n_requests * load.n_tokens, np.arange(load.n_requests)
+        self.positions[:] = torch.arange(self.start, self.start + load.n_tokens).repeat(load.n_requests)
+        batch = StepBatch(
+            list(self.names),
+            rows,
+            torch.from_numpy(rows),
+            self.query_start,
+            n,
+            self.positions,
+            self.ids,
+            lambda: None,
+        )
         streams = [(self.hidden.clone(), self.residual.clone()) for _ in LAYERS]
         op.install(worker)
         sweep()
         with clock.of("plan"):
-            worker.begin_step(list(self.names), self.query_start, positions, self.ids)
+            worker.begin(batch)
         engine: Any = editserver.engine.worker
         kernel = engine.edit_tokens
 
@@ -176,11 +188,12 @@ class Scene:
         for layer, (hidden, residual) in zip(LAYERS, streams, strict=True):
             sweep()
             with clock.of("op"):
-                torch.ops.editserver.edit(hidden, residual, layer)
+                torch.ops.editserver.edit.default(hidden, residual, layer)  # as compiled graphs call it
         engine.edit_tokens = kernel
         sweep()
         with clock.of("records"):
-            told = encode_step(worker.end_step())
+            finished = worker.finish()
+            told = encode_step(finished() if finished is not None else {})
         sweep()
         with clock.of("core"):
             sent = {name: encode_records([record]) for name, record in decode_step(told).items()}

@@ -6,9 +6,10 @@ Per server: ``config``, ``memory`` (what is kept, in bytes), ``bank`` (who owns 
 the SAEs they come from), ``abilities`` (what a device's engine can do).
 Per request: ``resident`` (who is there), ``layer_table``, ``selector_table``, ``read_table``, ``rule_table`` (what they ask for, as
 flat tables; ``stack`` holds them), ``history`` (its tokens, for mentions).
-Per step: ``batch`` (what a model runner hands over), ``plan`` (which token runs which program; ``kernel_plan``), ``gates`` and
-``rules`` (what is open where; ``kernel_rules``), ``full_encode`` (what needs whole dictionaries), ``kernel_cpu`` (the
-arithmetic), ``outcome`` (what it did).
+Per step: ``batch`` (what a model runner hands over), ``plan`` (which token runs which program; ``kernel_plan``), ``decode`` (the
+same for steps that go on as the one before), ``gates`` and ``rules`` (what is open where; ``kernel_rules``), ``full_encode``
+(what needs whole dictionaries), ``native`` (what the op does without Python), ``kernel_cpu`` (the arithmetic), ``outcome`` (what
+it did).
 ``engine`` is what all this looks like from outside: ``worker`` is it on a CPU, ``triton`` on a device.
 Core side: ``salt``. Borders: ``wire``, ``journal`` and ``trace`` (what a request's receipts are made of).
 Only ``compat`` knows vLLM's private modules.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,14 @@ class StepBatch:
 
     Attributes:
         request_ids: the rows in the order of the batch, ``[rows]``; exact on the host in both families.
-        slots: the runner's slot of each row, ``[rows]``; exact on the host too. V2 keeps a request in one slot as long as it
-            runs; in V1 a row is its own slot, and a request may be in another one in the next step.
-        row_slot: the same on the device, int64 ``[rows]``.
-        query_start: row r owns the tokens ``query_start[r] … query_start[r + 1]``, int32 ``[rows + 1]``.
+        slots: the runner's slot of each row, ``[rows or more]``; exact on the host too. V2 keeps a request in one slot as long
+            as it runs; in V1 a row is its own slot, and a request may be in another one in the next step.
+        row_slot: the same on the device, int64 ``[rows or more]``.
+        query_start: row r owns the tokens ``query_start[r] … query_start[r + 1]``, int32 ``[rows + 1 or more]``.
         n_tokens: tokens of all rows.
         positions: absolute, int64 ``[n_tokens or more]``; what is behind ``n_tokens`` says nothing.
         token_ids: int32 ``[n_tokens or more]``, likewise.
-        blocks: where the KV lies; None where no cache group keeps all of it.
+        blocks: tells where the KV lies, while the batch lasts; None where no cache group keeps all of it. Few need to know.
     """
 
     request_ids: Sequence[str]
@@ -51,7 +51,7 @@ class StepBatch:
     n_tokens: int
     positions: torch.Tensor
     token_ids: torch.Tensor
-    blocks: BlockTable | None
+    blocks: Callable[[], BlockTable | None]
 
     @property
     def longest(self) -> int:

@@ -12,11 +12,8 @@ from editserver.engine.config import EngineConfig
 from editserver.engine.memory import Footprint
 from editserver.engine.resident import ResidentSet
 from editserver.engine.rows import Dictionaries, RowBank
-from editserver.engine.wire import StepRecord
+from editserver.engine.wire import Told
 from interventions.program import Payload
-
-Records = dict[str, StepRecord]
-"""By request id."""
 
 
 class Engine(Protocol):
@@ -76,7 +73,7 @@ class Engine(Protocol):
     def run(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """The op's body: edit and read at ``layer``, in place."""
 
-    def finish(self) -> Callable[[], Records] | None:
+    def finish(self) -> Callable[[], Told] | None:
         """Right behind the forward pass: what waits for its outcome and has the records; None where nothing was planned.
 
         The records' maker raises RuntimeError where an armed layer that had work did not run.

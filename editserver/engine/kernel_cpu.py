@@ -28,9 +28,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
+from editserver.engine.kernel_address import pointer
 from interventions.program import TABLE_HEADER, OpKind, ReadKind, UnitKind
 
 F32 = npt.NDArray[np.float32]
@@ -78,16 +79,6 @@ _jit = numba.njit(cache=True, nogil=True, fastmath={"contract"})
 
 
 @intrinsic
-def _pointer(context: Any, address: Any) -> Any:
-    """The address as a pointer: tensors come as ``data_ptr()``, which costs less than a view of them as an array."""
-
-    def generate(_: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.intp), generate
-
-
-@intrinsic
 def _widen(context: Any, bits: Any) -> Any:
     """bfloat16 to float32."""
 
@@ -121,21 +112,21 @@ def _load(form: int, hidden_at: int, residual_at: int, row: int, out: F32) -> No
     """Row ``row`` of the residual stream, in the model's own precision, as fp32; ``residual_at`` 0: hidden is the stream."""
     d = out.shape[0]
     if form == BFLOAT16:
-        hidden = numba.carray(_pointer(hidden_at), (row + 1, d), np.uint16)[row]
+        hidden = numba.carray(pointer(hidden_at), (row + 1, d), np.uint16)[row]
         if residual_at == 0:
             for i in range(d):
                 out[i] = _widen(hidden[i])
         else:
-            residual = numba.carray(_pointer(residual_at), (row + 1, d), np.uint16)[row]
+            residual = numba.carray(pointer(residual_at), (row + 1, d), np.uint16)[row]
             for i in range(d):
                 out[i] = _widen(_narrow(_widen(hidden[i]) + _widen(residual[i])))
     else:
-        exact = numba.carray(_pointer(hidden_at), (row + 1, d), np.float32)[row]
+        exact = numba.carray(pointer(hidden_at), (row + 1, d), np.float32)[row]
         if residual_at == 0:
             for i in range(d):
                 out[i] = exact[i]
         else:
-            rest = numba.carray(_pointer(residual_at), (row + 1, d), np.float32)[row]
+            rest = numba.carray(pointer(residual_at), (row + 1, d), np.float32)[row]
             for i in range(d):
                 out[i] = exact[i] + rest[i]
 
@@ -145,11 +136,11 @@ def _store(form: int, hidden_at: int, residual_at: int, row: int, h: F32, delta:
     """Make row ``row`` of the stream h + delta, and h what it then is; with a residual, hidden becomes zero."""
     d = h.shape[0]
     if form == BFLOAT16:
-        hidden = numba.carray(_pointer(hidden_at), (row + 1, d), np.uint16)[row]
+        hidden = numba.carray(pointer(hidden_at), (row + 1, d), np.uint16)[row]
         target = hidden
         if residual_at != 0:
             hidden[:] = 0
-            target = numba.carray(_pointer(residual_at), (row + 1, d), np.uint16)[row]
+            target = numba.carray(pointer(residual_at), (row + 1, d), np.uint16)[row]
         for i in range(d):
             bits = _narrow(h[i] + delta[i])
             target[i] = bits
@@ -158,12 +149,12 @@ def _store(form: int, hidden_at: int, residual_at: int, row: int, h: F32, delta:
     for i in range(d):
         h[i] += delta[i]
     if form == FLOAT32:
-        exact = numba.carray(_pointer(hidden_at), (row + 1, d), np.float32)[row]
+        exact = numba.carray(pointer(hidden_at), (row + 1, d), np.float32)[row]
         if residual_at == 0:
             exact[:] = h
         else:
             exact[:] = 0
-            numba.carray(_pointer(residual_at), (row + 1, d), np.float32)[row][:] = h
+            numba.carray(pointer(residual_at), (row + 1, d), np.float32)[row][:] = h
 
 
 @_jit
@@ -832,7 +823,7 @@ N_OP_VALUES, N_OP_MASKS = len(OP_VALUES), len(OP_MASKS)
 
 
 def _edit_block(block: int) -> int:
-    a = numba.carray(_pointer(block), (N_ARGUMENTS,), np.int64)
+    a = numba.carray(pointer(block), (N_ARGUMENTS,), np.int64)
     d, tokens, residents, channels, ops, slots = (
         a[A.d],
         a[A.tokens],
@@ -846,32 +837,32 @@ def _edit_block(block: int) -> int:
         a[A.hidden],
         a[A.residual],
         a[A.n],
-        numba.carray(_pointer(a[A.places]), (tokens,), np.int64),
+        numba.carray(pointer(a[A.places]), (tokens,), np.int64),
         False,
-        numba.carray(_pointer(a[A.scratch]), (1, d), np.float32),
-        numba.carray(_pointer(a[A.token_program]), (tokens,), np.int32),
-        numba.carray(_pointer(a[A.token_selected]), (tokens,), np.uint64),
-        numba.carray(_pointer(a[A.token_open]), (tokens,), np.uint64),
+        numba.carray(pointer(a[A.scratch]), (1, d), np.float32),
+        numba.carray(pointer(a[A.token_program]), (tokens,), np.int32),
+        numba.carray(pointer(a[A.token_selected]), (tokens,), np.uint64),
+        numba.carray(pointer(a[A.token_open]), (tokens,), np.uint64),
         a[A.width],
         np.empty((0, 0), np.float32),
         np.empty((0, d), np.float32),
         np.empty(0, np.uint64),
-        numba.carray(_pointer(a[A.programs]), (residents + 1,), np.int32),
-        numba.carray(_pointer(a[A.channel_rows]), (channels, N_CHANNEL_COLUMNS), np.int32),
-        numba.carray(_pointer(a[A.channel_ops]), (channels + 1,), np.int32),
-        numba.carray(_pointer(a[A.op_ints]), (ops, N_OP_COLUMNS), np.int32),
-        numba.carray(_pointer(a[A.op_values]), (ops, N_OP_VALUES), np.float32),
-        numba.carray(_pointer(a[A.op_masks]), (ops, N_OP_MASKS), np.uint64),
-        numba.carray(_pointer(a[A.program_dose]), (residents,), np.float32),
-        numba.carray(_pointer(a[A.program_refuses]), (residents,), np.bool_),
-        numba.carray(_pointer(a[A.bank_read]), (slots, d), np.float32),
-        numba.carray(_pointer(a[A.bank_write]), (slots, d), np.float32),
-        numba.carray(_pointer(a[A.bank_gate]), (slots, 4), np.float32),
-        numba.carray(_pointer(a[A.delta]), (1, d), np.float32),
-        numba.carray(_pointer(a[A.fired]), (tokens,), np.uint64),
-        numba.carray(_pointer(a[A.dose]), (tokens,), np.float32),
-        numba.carray(_pointer(a[A.flags]), (tokens,), np.uint8),
-        numba.carray(_pointer(a[A.written]), (tokens,), np.bool_),
+        numba.carray(pointer(a[A.programs]), (residents + 1,), np.int32),
+        numba.carray(pointer(a[A.channel_rows]), (channels, N_CHANNEL_COLUMNS), np.int32),
+        numba.carray(pointer(a[A.channel_ops]), (channels + 1,), np.int32),
+        numba.carray(pointer(a[A.op_ints]), (ops, N_OP_COLUMNS), np.int32),
+        numba.carray(pointer(a[A.op_values]), (ops, N_OP_VALUES), np.float32),
+        numba.carray(pointer(a[A.op_masks]), (ops, N_OP_MASKS), np.uint64),
+        numba.carray(pointer(a[A.program_dose]), (residents,), np.float32),
+        numba.carray(pointer(a[A.program_refuses]), (residents,), np.bool_),
+        numba.carray(pointer(a[A.bank_read]), (slots, d), np.float32),
+        numba.carray(pointer(a[A.bank_write]), (slots, d), np.float32),
+        numba.carray(pointer(a[A.bank_gate]), (slots, 4), np.float32),
+        numba.carray(pointer(a[A.delta]), (1, d), np.float32),
+        numba.carray(pointer(a[A.fired]), (tokens,), np.uint64),
+        numba.carray(pointer(a[A.dose]), (tokens,), np.float32),
+        numba.carray(pointer(a[A.flags]), (tokens,), np.uint8),
+        numba.carray(pointer(a[A.written]), (tokens,), np.bool_),
     )
     return n_written
 

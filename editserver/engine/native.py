@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 
 from editserver.engine.kernel_cpu import A, edit_block
+from editserver.engine.kernel_plan import ASK, AT, DUE, JOB_COLUMNS, NOTHING, RAN, ROWS, TYPE, WIDTH
 from sae_weights.cache import cache_root
 
 logger = logging.getLogger("vllm.editserver")
@@ -35,10 +36,6 @@ logger = logging.getLogger("vllm.editserver")
 SOURCE = Path(__file__).with_name("native_op.cpp")
 SETTING = "EDITSERVER_NATIVE_OP"
 
-COLUMNS = DUE, RAN, ROWS, WIDTH, TYPE, AT = range(6)
-"""Of a layer's job, as ``Job`` in the C++ source has them."""
-NOTHING, EDIT, ASK = range(3)
-"""What is due: pass by; call the kernel with the arguments; ask Python."""
 TYPES = {torch.float32: 6, torch.bfloat16: 15}
 """c10/core/ScalarType.h."""
 
@@ -49,19 +46,23 @@ class Jobs:
     """What is due at every layer in the step that comes: memory that the C++ op reads, at addresses that do not change.
 
     Outside of a step everything is due that Python says: nothing, or to be asked.
+
+    Attributes:
+        table: int64 ``[layers, JOB_COLUMNS]``.
+        due: int64 ``[layers]``: as :meth:`know` was told.
     """
 
     def __init__(self, armed: Collection[int], width: int, dtype: torch.dtype) -> None:
         self.armed = tuple(armed)
         self._place = {layer: i for i, layer in enumerate(self.armed)}
         self._arguments = np.zeros((len(self.armed), len(A)), np.int64)
-        self.table = np.zeros((max(self.armed, default=-1) + 1, len(COLUMNS)), np.int64)
+        self.table = np.zeros((max(self.armed, default=-1) + 1, len(JOB_COLUMNS)), np.int64)
         self.table[:, DUE] = ASK
         self.table[:, WIDTH] = width
         self.table[:, TYPE] = TYPES.get(dtype, -1)
         for layer, place in self._place.items():
             self.table[layer, AT] = address(self._arguments[place])
-        self._due = np.full(len(self.table), ASK)
+        self.due = np.full(len(self.table), ASK)
         self._kept: dict[int, tuple[Array, ...]] = {}
 
     def say(self, due: int) -> None:
@@ -73,10 +74,10 @@ class Jobs:
 
         An array stands for its address, and is kept from going away.
         """
-        self._due[:] = NOTHING
+        self.due[:] = NOTHING
         self._kept = {}
         for layer, what in due.items():
-            self._due[layer] = what
+            self.due[layer] = what
         for layer, given in arguments.items():
             self._kept[layer] = tuple(value for value in given.values() if isinstance(value, np.ndarray))
             row = self._arguments[self._place[layer]]
@@ -88,7 +89,12 @@ class Jobs:
         self._arguments[:, A.n] = tokens
         self.table[:, ROWS] = rows
         self.table[:, RAN] = 0
-        self.table[:, DUE] = self._due
+        self.table[:, DUE] = self.due
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing is due, by what :meth:`know` was told, that Python has to be asked for."""
+        return not (self.due == ASK).any()
 
     @property
     def ran(self) -> set[int]:

@@ -16,15 +16,17 @@ class Outcomes:
     """Arrays by armed layer and planned token, written by the kernel at each layer that has programs.
 
     Attributes:
-        layers: layer → its rows of fired (uint64), dose (float32) and flags (uint8), each ``[tokens]``.
+        arrays: fired (uint64), dose (float32) and flags (uint8), each ``[armed, tokens]``.
+        place: layer → its row there.
+        layers: layer → its rows, each ``[tokens]``.
     """
 
     def __init__(self, armed: Sequence[int], max_tokens: int) -> None:
         shape = (len(armed), max_tokens)
-        self._arrays = np.zeros(shape, np.uint64), np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
+        self.arrays = np.zeros(shape, np.uint64), np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
         self._armed = tuple(armed)
-        self._place = {layer: i for i, layer in enumerate(armed)}
-        self.layers = {layer: tuple(array[i] for array in self._arrays) for layer, i in self._place.items()}
+        self.place = {layer: i for i, layer in enumerate(armed)}
+        self.layers = {layer: tuple(array[i] for array in self.arrays) for layer, i in self.place.items()}
         self._by_token: Bytes | None = None
 
     def begin(self) -> None:
@@ -42,11 +44,11 @@ class Outcomes:
             fired, dose, flags = self._by_token or self._turned(n)
             a, b = first * len(edited), last * len(edited)
             return fired[8 * a : 8 * b], dose[4 * a : 4 * b], flags[a:b]
-        rows: Any = slice(None) if edited == self._armed else [self._place[layer] for layer in edited]
-        fired, dose, flags = (array[rows, tokens].tobytes() for array in self._arrays)
+        rows: Any = slice(None) if edited == self._armed else [self.place[layer] for layer in edited]
+        fired, dose, flags = (array[rows, tokens].tobytes() for array in self.arrays)
         return fired, dose, flags
 
     def _turned(self, n: int) -> Bytes:
-        fired, dose, flags = (array[:, :n].T.tobytes() for array in self._arrays)
+        fired, dose, flags = (array[:, :n].T.tobytes() for array in self.arrays)
         self._by_token = fired, dose, flags
         return self._by_token

@@ -111,6 +111,10 @@ class Plan:
         self.stop = int(self.all_places[self.n - 1]) + 1
         self.active = True
 
+    def resume(self, n: int, stop: int) -> None:
+        """The arrays hold a step of ``n`` tokens, written by somebody else, without segments; ``stop`` as above."""
+        self.n, self.stop, self.active = n, stop, True
+
     def _rows(self, residents: ResidentSet, request_ids: Sequence[str]) -> tuple[list[int], npt.NDArray[np.int32]]:
         """Resident index of every row of the batch, -1 for none: mostly the same as in the step before."""
         version, names, index, rows = self._known

@@ -115,6 +115,7 @@ class ResidentSet:
         listed: (layer, after the edit) → those of them that :class:`ReadTable` holds.
         rules: of all residents.
         due: layers whose op must run in every step.
+        remembers: whether anything about some request is kept along with the KV cache.
         version: goes up whenever the tables change.
     """
 
@@ -133,6 +134,7 @@ class ResidentSet:
         self.listed: dict[tuple[int, bool], ReadTable] = {}
         self.rules = ResidentRules.build([], armed, dictionaries)
         self.due: frozenset[int] = frozenset()
+        self.remembers = False
         self._readers: set[str] = set()
         self._ruled: set[str] = set()
         self._parts: dict[str, _Parts] = {}
@@ -163,6 +165,11 @@ class ResidentSet:
             self._readers.discard(request_id)
             self._ruled.discard(request_id)
             self._stale = self._gone = True
+
+    @property
+    def stale(self) -> bool:
+        """Whether :meth:`refresh` has something to do."""
+        return self._stale
 
     def refresh(self) -> None:
         """Bring the tables up to date if the set changed."""
@@ -209,6 +216,7 @@ class ResidentSet:
         found = {place: ReadTable.of([parts.reads.get(place) for parts in self._placed]) for place in places}
         self.listed = {place: table for place, table in found.items() if table is not None}
         self.due = frozenset(layer for layer in self.armed if self.layers[layer] or self.rules.tables[layer])
+        self.remembers = bool(self._ruled) or any(table.listeners for table in self._tables.values())
         self.version += 1
 
     def columns(self, request_index: int, layer: int, after: bool) -> dict[int, tuple[int, int]]:

@@ -7,6 +7,8 @@ of them with each output of the request.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 
@@ -94,14 +96,40 @@ _records = msgspec.msgpack.Decoder(list[StepRecord])
 _step = msgspec.msgpack.Decoder(dict[str, StepRecord])
 
 
-def encode_step(records: dict[str, StepRecord]) -> bytes:
-    """Serialise the records of one step, by request id: a worker's output is pickled, and many small objects in it are slow."""
-    return msgspec.msgpack.encode(records)
+Told = dict[str, StepRecord] | bytes
+"""The records of one step, by request id; or the same in the form that they are sent in."""
 
 
-def decode_step(data: bytes) -> dict[str, StepRecord]:
+def encode_step(told: Told) -> bytes:
+    """Serialise the records of one step: a worker's output is pickled, and many small objects in it are slow."""
+    return told if isinstance(told, bytes) else msgspec.msgpack.encode(told)
+
+
+def decode_step(told: Told) -> dict[str, StepRecord]:
     """Inverse of :func:`encode_step`."""
-    return _step.decode(data)
+    return _step.decode(told) if isinstance(told, bytes) else told
+
+
+def form_of(request_id: str, layers: int) -> tuple[bytes, int]:
+    """One request's share of an encoded step in which it has one token, for others to fill in, and where in it the position
+    stands (8 bytes, big-endian; :func:`editserver.engine.kernel_plan.tell_tokens` knows where the rest does).
+
+    ``layers``: of its program. It has no inspections, rules or gates over a sequence.
+    """
+    name = msgspec.msgpack.encode(request_id)
+    record = StepRecord(_ANY_POSITION, 1, bytes(8 * layers), bytes(4 * layers), bytes(layers))
+    return name + msgspec.msgpack.encode(record), len(name) + 2
+
+
+def step_of(forms: Sequence[bytes]) -> bytes:
+    """An encoded step of these requests."""
+    n = len(forms)
+    head = bytes([0x80 | n]) if n < 16 else b"\xde" + n.to_bytes(2, "big")  # msgpack's fixmap and map 16
+    return head + b"".join(forms)
+
+
+_ANY_POSITION = 1 << 40
+"""So large that it takes 8 bytes."""
 
 
 def encode_records(records: list[StepRecord]) -> bytes:

@@ -13,6 +13,7 @@ import torch
 from editserver.engine import memory, native
 from editserver.engine.batch import BlockTable, StepBatch
 from editserver.engine.config import EngineConfig
+from editserver.engine.decode import Decoding, readable
 from editserver.engine.full_encode import Composed, Demand, serve
 from editserver.engine.gates import Blocks, Hearing, HitMemory
 from editserver.engine.history import History
@@ -27,6 +28,7 @@ from editserver.engine.kernel_cpu import (
     read_latents,
     read_listed,
 )
+from editserver.engine.kernel_plan import ASK, EDIT, NOTHING
 from editserver.engine.layer_table import LayerTable
 from editserver.engine.memory import Footprint
 from editserver.engine.outcome import Outcomes
@@ -36,7 +38,7 @@ from editserver.engine.resident import Resident, ResidentSet
 from editserver.engine.rows import Dictionaries, RowBank
 from editserver.engine.rule_table import RuleRun, RuleTable
 from editserver.engine.rules import KeptBits, RuleStep
-from editserver.engine.wire import RuleRecord, StepRecord
+from editserver.engine.wire import RuleRecord, StepRecord, Told, decode_step
 from interventions.program import Payload, Read, feature_key
 
 Array = npt.NDArray[Any]
@@ -105,6 +107,14 @@ class EngineWorker:
         self.agree: Callable[[torch.Tensor], None] | None = None
         self.jobs: native.Jobs | None = None
         self._known = -1
+        self._resting = False
+        self._alone = False
+        """Whether the C++ op does all of this step."""
+        self._decoding: Decoding | None = None
+        self._decodes: Decoding | None = None
+        """The one of this step."""
+        self._latest: tuple[int, Sequence[str]] = (-1, ())
+        """Version of the residents and requests of the latest step in which each had one token."""
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -149,22 +159,34 @@ class EngineWorker:
 
         Without ``blocks``, a request with rules or behind a sequence gate must be computed from position 0 on.
         """
-        self.idle_step()
+        self._start()
         self._blocks = blocks
         self.plan.build(self.residents, request_ids, query_start, positions, token_ids)
         self._rules = RuleStep.of(self.residents.rules, self.plan, blocks, self._kept)
-        if self.jobs is not None and self.plan.active:
+        if not self.plan.active:
+            self._rest()
+        elif self.jobs is not None:
             self._prepare(self.jobs)
+
+    def _start(self) -> None:
+        """Of the step before nothing is left."""
+        self._outcomes.begin()
+        self._readings.clear()
+        self._listed.clear()
+        self._ran.clear()
+        self._rules = self._decodes = None
+        self._resting = self._alone = False
 
     def _prepare(self, jobs: native.Jobs) -> None:
         """Say what is due at each layer, and with which arguments, where no reading, rule or gate has a part in it."""
         if self._rules is not None or self.agree is not None or self._form == PREPARED:
-            jobs.say(native.ASK)
+            jobs.say(ASK)
             return
         if self._known != self.residents.version:
             self._known = self.residents.version
             jobs.know(*self._due())
         jobs.begin(self.plan.n, self.plan.stop)
+        self._alone = jobs.alone
 
     def _due(self) -> tuple[dict[int, int], dict[int, dict[int, int | Array]]]:
         """As long as the residents are the same, and no rules run."""
@@ -175,9 +197,9 @@ class EngineWorker:
         for layer, table in residents.layers.items():
             reads = residents.reads[layer]
             if table is None or reads or table.uses or table.listeners:
-                due[layer] = native.NOTHING if table is None and not reads else native.ASK
+                due[layer] = NOTHING if table is None and not reads else ASK
                 continue
-            due[layer] = native.EDIT
+            due[layer] = EDIT
             fired, dose, flags = self._outcomes.layers[layer]
             arguments[layer] = {
                 A.form: self._form,
@@ -214,32 +236,55 @@ class EngineWorker:
 
     def begin(self, batch: StepBatch) -> None:
         """:meth:`begin_step` for a batch that lies on the host."""
-        table = batch.blocks
+        names, decoding = batch.request_ids, self._decoding
+        if not self.residents.requests:
+            self.idle_step()
+            return
+        if decoding is not None and batch.single and decoding.goes_on(self.residents, names):
+            self._start()
+            decoding.begin(batch.positions, batch.token_ids)
+            self.plan.resume(decoding.n, decoding.stop)
+            self._decodes = decoding
+            return
+        n = batch.n_tokens
         self.begin_step(
-            list(batch.request_ids),
-            batch.query_start.numpy(),
-            batch.positions[: batch.n_tokens].numpy(),
-            batch.token_ids[: batch.n_tokens].numpy(),
-            None if table is None else Blocks(table.blocks.numpy(), table.block_size, table.n_slots),
+            list(names),
+            batch.query_start[: len(names) + 1].numpy(),
+            batch.positions[:n].numpy(),
+            batch.token_ids[:n].numpy(),
+            self._blocks_of(batch),
         )
+        self._decoding = self._next_decoding(batch)
+
+    def _blocks_of(self, batch: StepBatch) -> Blocks | None:
+        """Where the batch's KV lies, as far as somebody here keeps something along with it."""
+        self.residents.refresh()
+        table = batch.blocks() if self.residents.remembers else None
+        return None if table is None else Blocks(table.blocks.numpy(), table.block_size, table.n_slots)
+
+    def _next_decoding(self, batch: StepBatch) -> Decoding | None:
+        """What steps like this one may go on with. It pays where there are several of them: from the third on."""
+        if self.jobs is None or not (self._alone and batch.single and readable(batch.positions, batch.token_ids)):
+            return None
+        latest, self._latest = self._latest, (self.residents.version, list(batch.request_ids))
+        if latest != self._latest or any(segment.resident.history is not None for segment in self.plan.segments):
+            return None
+        return Decoding(self.residents, batch.request_ids, self.plan, self._outcomes, self.jobs)
 
     def attach(self, table: BlockTable, slot_mapping: torch.Tensor) -> None:
         """Nothing: every step says where its KV lies."""
 
     def idle_step(self, single: bool = False) -> None:
         """The forward pass that follows is a dummy: nothing is edited, nothing is reported."""
-        self._outcomes.begin()
-        self._readings.clear()
-        self._listed.clear()
-        self._ran.clear()
-        self._rules = None
-        self._rest()
+        if not self._resting:
+            self._rest()
 
     def _rest(self) -> None:
         """Nothing is planned."""
         self.plan.clear()
         if self.jobs is not None:
-            self.jobs.say(native.ASK if self._counting else native.NOTHING)
+            self.jobs.say(ASK if self._counting else NOTHING)
+        self._resting = True
 
     def count_visits(self) -> None:
         """Count the ops' runs in dummy batches from now on (the handshake)."""
@@ -441,23 +486,39 @@ class EngineWorker:
 
         return [Demand(read.sae, rows + segment.tokens.start, take)]
 
-    def finish(self) -> Callable[[], dict[str, StepRecord]] | None:
+    def finish(self) -> Callable[[], Told] | None:
         """The records of the step behind us, made at once; None where nothing was planned."""
         if not self.plan.active:
             return None
-        records = self.end_step()
-        return lambda: records
+        told: Told = self.end_step() if self._decodes is None else self._end(self._decodes)
+        return lambda: told
 
-    def end_step(self) -> dict[str, StepRecord]:
-        """Request id → what this step did to its tokens. Raises if an armed layer that had work did not run."""
-        if not self.plan.active:
-            return {}
+    def _end(self, decoding: Decoding) -> bytes:
+        """Of a step of ``decoding``: the records."""
+        told = decoding.end()
+        if told is None:  # the op came to Python for some layers: its tensors were others than before
+            self._check_ran()
+            told = decoding.end(certain=True)
+            assert told is not None
+        self.plan.clear()
+        self._resting = True
+        return told
+
+    def _check_ran(self) -> None:
         if self.jobs is not None:
             self._ran |= self.jobs.ran
         if missed := self.residents.due - self._ran:
             raise RuntimeError(
                 f"the edit op of layers {sorted(missed)} did not run in this step: the model is not armed"
             )
+
+    def end_step(self) -> dict[str, StepRecord]:
+        """Request id → what this step did to its tokens. Raises if an armed layer that had work did not run."""
+        if not self.plan.active:
+            return {}
+        if self._decodes is not None:
+            return decode_step(self._end(self._decodes))
+        self._check_ran()
         records: dict[str, StepRecord] = {}
         rules = self._rules.records() if self._rules is not None else {}
         for segment in self.plan.segments:

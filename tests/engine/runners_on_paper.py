@@ -17,11 +17,13 @@ import torch
 
 from editserver.engine import op
 from editserver.engine.bank import BankLedger
+from editserver.engine.batch import StepBatch
 from editserver.engine.compat import runner as adapter
 from editserver.engine.compat import v1_runner, v2_runner
 from editserver.engine.compat.core import SLOTS
 from editserver.engine.config import EngineConfig
 from editserver.engine.engine import Engine
+from editserver.engine.gates import Blocks
 from editserver.engine.journal import Journal
 from editserver.engine.wire import KEY, decode_step
 from editserver.engine.worker import EngineWorker
@@ -90,6 +92,14 @@ class Machine:
 
         self.rng, self.family, self.kinds = random.Random(seed), family, kinds
         self.worker = worker or EngineWorker(CONFIG, D, torch.float32, MAX_TOKENS)
+        self.batch: StepBatch | None = None
+        begin = self.worker.begin
+
+        def noted(batch: StepBatch) -> None:
+            self.batch = batch
+            begin(batch)
+
+        setattr(self.worker, "begin", noted)  # noqa: B010
         self.ledger = BankLedger(64)
         self.requests: list[Request] = []
         self.running: list[Request] = []
@@ -327,6 +337,7 @@ class Machine:
             query_start_loc=SimpleNamespace(gpu=torch.cat((torch.from_numpy(starts), behind)), np=forecast),
             positions=self.buffers.positions,
             input_ids=SimpleNamespace(gpu=self.buffers.input_ids),
+            max_num_reqs=MAX_ROWS,
             kv_cache_config=self.kv,
         )
         self.worker.begin(v1_runner.batch_of(runner, n))
@@ -370,12 +381,13 @@ class Machine:
                 wanted[at] = (request.number + 1) * seen.due(position, fed[position])
                 at += 1
         assert residual[:, 0].tolist() == wanted.tolist(), f"step {self.counts['steps']}: whose edits the rows got"
-        if isinstance(self.worker, EngineWorker) and self.worker.plan.active:
-            self._expect_blocks(self.worker, order)
+        self._expect_blocks(order)
 
-    def _expect_blocks(self, worker: EngineWorker, order: Sequence[Row]) -> None:
-        blocks = worker._blocks
-        assert blocks is not None
+    def _expect_blocks(self, order: Sequence[Row]) -> None:
+        assert self.batch is not None
+        table = self.batch.blocks()
+        assert table is not None
+        blocks = Blocks(table.blocks.numpy(), table.block_size, table.n_slots)
         for row, one in enumerate(order):
             stop = one.start + len(one.tokens)
             slots = blocks.slots(row, 0, stop).tolist()

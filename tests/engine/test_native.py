@@ -15,59 +15,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editserver.engine import native, op
+from editserver.engine import native
 from editserver.engine.compat import parallel
 from editserver.engine.worker import EngineWorker
-from interventions.program import Payload, Read, ReadKind
+from interventions.program import Payload, Read
 from interventions.selectors import ALL
 from tests.engine.kernel_steps import LAYER, D, Step, dictionaries, new_worker, random_step
-
-SIMPLE = (ReadKind.NONE, ReadKind.NORM, ReadKind.DOT, ReadKind.LATENT)
+from tests.engine.native_steps import SIMPLE, ThroughTheOp, op_in_front, served
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _op_in_front() -> Iterator[None]:
-    """The C++ op, and afterwards whichever engine this process had."""
-    before = op.current()
-    assert native.load(), "g++ is among what the tests need (docs/development.md)"
-    yield
-    if before is None:
-        op._worker = None
-        native.serve(None)
-    else:
-        op.install(before)
-
-
-def served(dtype: torch.dtype) -> EngineWorker:
-    """An engine as a server makes it."""
-    worker = new_worker(dtype)
-    worker.jobs = native.Jobs((LAYER,), D, dtype)
-    op.install(worker)
-    return worker
-
-
-class ThroughTheOp(EngineWorker):
-    """Has steps run through the dispatcher; notes what came back to Python."""
-
-    def __init__(self, worker: EngineWorker) -> None:
-        self.__dict__ = worker.__dict__
-        self.asked: list[int] = []
-        self.inside = False
-        op.install(self)
-
-    def run(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        if self.inside:
-            self.asked.append(layer)
-            super().run(layer, hidden, residual)
-            return
-        self.inside = True
-        try:
-            if residual is None:
-                torch.ops.editserver.edit_stream(hidden, layer)
-            else:
-                torch.ops.editserver.edit(hidden, residual, layer)
-        finally:
-            self.inside = False
+    with op_in_front():
+        yield
 
 
 @settings(max_examples=120, deadline=None)

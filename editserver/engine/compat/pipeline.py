@@ -19,8 +19,8 @@ from typing import Any
 import msgspec
 import torch
 
-from editserver.engine.engine import Engine, Records
-from editserver.engine.wire import KEY, StepRecord
+from editserver.engine.engine import Engine
+from editserver.engine.wire import KEY, StepRecord, Told, decode_step
 from interventions.program import Payload
 
 
@@ -72,8 +72,8 @@ def join(payload: Payload, parts: Sequence[Part]) -> StepRecord:
     )
 
 
-def _parts_of(records: Records, reads: Mapping[str, tuple[int, ...]]) -> list[Part]:
-    return [Part(name, reads[name], record) for name, record in records.items()]
+def _parts_of(told: Told, reads: Mapping[str, tuple[int, ...]]) -> list[Part]:
+    return [Part(name, reads[name], record) for name, record in decode_step(told).items()]
 
 
 def _packed(parts: list[Part], ranks: int) -> torch.Tensor:
@@ -136,14 +136,14 @@ class Stage:
             return dict(tensors)
         return dict(tensors) | {KEY: _packed(parts, self.ranks)}
 
-    def joined(self, finished: Callable[[], Records] | None) -> Callable[[], Records] | None:
+    def joined(self, finished: Callable[[], Told] | None) -> Callable[[], Told] | None:
         """All stages' records of the step behind the last one: ``finished`` makes this stage's own, None where it has none."""
         earlier, self._earlier = self._earlier, []
         if finished is None and not earlier:
             return None
         payloads, reads = dict(self._payloads), dict(self._reads)  # they may be gone when the records are asked for
 
-        def records() -> Records:
+        def records() -> Told:
             own = finished() if finished is not None else {}
             by_name: dict[str, list[Part]] = {}
             for part in [*earlier, *_parts_of(own, reads)]:

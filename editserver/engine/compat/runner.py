@@ -16,8 +16,8 @@ from editserver.engine.batch import BlockTable
 from editserver.engine.compat import pipeline
 from editserver.engine.compat.core import SLOTS, payload_of
 from editserver.engine.compat.kv_groups import whole_group
-from editserver.engine.engine import Engine, Records
-from editserver.engine.wire import KEY, encode_step
+from editserver.engine.engine import Engine
+from editserver.engine.wire import KEY, Told, encode_step
 from interventions.program import Payload
 
 
@@ -96,7 +96,7 @@ class _Reporting:
     """``get_output`` of an asynchronous output."""
 
     original: Callable[[], Any]
-    records: Callable[[], Records]
+    records: Callable[[], Told]
 
     def __call__(self) -> Any:
         output = self.original()

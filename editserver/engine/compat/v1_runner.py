@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from editserver.engine import op
@@ -27,7 +28,6 @@ def batch_of(runner: Any, total: int) -> StepBatch:
     """The batch of ``total`` tokens that ``runner`` has just prepared."""
     batch = runner.input_batch
     n_rows = batch.num_reqs
-    rows = torch.arange(n_rows)
 
     def table(group: int) -> tuple[torch.Tensor, int]:
         found = batch.block_table[group]
@@ -35,14 +35,20 @@ def batch_of(runner: Any, total: int) -> StepBatch:
 
     return StepBatch(
         batch.req_ids[:n_rows],
-        rows.numpy(),
-        rows.to(runner.positions.device, non_blocking=True),
-        runner.query_start_loc.gpu[: n_rows + 1],
+        *_rows(runner.max_num_reqs, runner.positions.device),
+        runner.query_start_loc.gpu,
         total,
         runner.positions,
         runner.input_ids.gpu,
-        adapter.block_table(runner.kv_cache_config, table),
+        lambda: adapter.block_table(runner.kv_cache_config, table),
     )
+
+
+@functools.cache
+def _rows(n: int, device: torch.device) -> tuple[npt.NDArray[Any], torch.Tensor]:
+    """0 … n − 1, here and there."""
+    rows = torch.arange(n)
+    return rows.numpy(), rows.to(device)
 
 
 def buffers_of(runner: Any, group: int) -> tuple[torch.Tensor, torch.Tensor, int]:

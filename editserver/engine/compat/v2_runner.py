@@ -17,6 +17,7 @@ the one it would have had, and listens. In the order of a step (``execute_model`
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,13 +29,13 @@ from editserver.engine.compat import runner as adapter
 from editserver.engine.splice import UnsupportedModel
 
 
-def batch_of(input_batch: Any, blocks: BlockTable | None) -> StepBatch:
+def batch_of(input_batch: Any, blocks: Callable[[], BlockTable | None]) -> StepBatch:
     """The batch that the forward pass is about to see (``InputBatch``, vllm/v1/worker/gpu/input_batch.py:41)."""
     return StepBatch(
         input_batch.req_ids,
         input_batch.idx_mapping_np,
         input_batch.idx_mapping,
-        input_batch.query_start_loc[: input_batch.num_reqs + 1],
+        input_batch.query_start_loc,
         input_batch.num_tokens,
         input_batch.positions,
         input_batch.input_ids,
@@ -52,8 +53,8 @@ def listening(base: type[Any]) -> type[Any]:
     """``base``, a class of model states, as a class of such that tell this process's engine what they are told."""
 
     class Listening(base):
-        _real: tuple[Any, BlockTable | None] | None = None
-        """The batch that was preprocessed last, and where its KV lies."""
+        _real: tuple[Any, Callable[[], BlockTable | None]] | None = None
+        """The batch that was preprocessed last, and what tells where its KV lies."""
         _block_sizes: list[int]
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
@@ -74,8 +75,11 @@ def listening(base: type[Any]) -> type[Any]:
             self, input_batch: Any, block_tables: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
         ) -> None:
             super().preprocess_state(input_batch, block_tables, kv_cache_config, *args, **kwargs)
-            blocks = adapter.block_table(kv_cache_config, lambda group: (block_tables[group], self._block_sizes[group]))
-            self._real = input_batch, blocks
+
+            def table(group: int) -> tuple[torch.Tensor, int]:
+                return block_tables[group], self._block_sizes[group]
+
+            self._real = input_batch, lambda: adapter.block_table(kv_cache_config, table)
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             prepared = super().prepare_inputs(input_batch, req_states)

@@ -11,7 +11,6 @@ import torch
 
 from editserver.engine.batch import BlockTable, StepBatch
 from editserver.engine.config import EngineConfig
-from editserver.engine.engine import Records
 from editserver.engine.memory import Footprint, of_device
 from editserver.engine.resident import Resident, ResidentSet
 from editserver.engine.rows import Dictionaries, RowBank
@@ -21,6 +20,7 @@ from editserver.engine.triton.encode import DeviceEncode
 from editserver.engine.triton.fill import fill
 from editserver.engine.triton.readout import Taken, take
 from editserver.engine.triton.step import Cache, DeviceStep, Stages
+from editserver.engine.wire import StepRecord
 from interventions.program import Payload
 
 MOST_BEHIND = 4
@@ -34,7 +34,7 @@ class _Outcome:
     taken: Taken
     asked: bool = False
 
-    def records(self) -> Records:
+    def records(self) -> dict[str, StepRecord]:
         """What :meth:`DeviceWorker.finish` returns."""
         self.asked = True
         return self.taken.records()
@@ -169,7 +169,7 @@ class DeviceWorker:
             )
             self._changed = False
         index = self.residents.index
-        self._slots[batch.slots] = [index.get(name, -1) for name in batch.request_ids]
+        self._slots[batch.slots[: len(requests)]] = [index.get(name, -1) for name in batch.request_ids]
         self.step.tables.map_slots(self._slots)
         self.step.plan(
             batch.query_start,
@@ -215,7 +215,7 @@ class DeviceWorker:
         if self._planned or hidden.is_cuda:  # on a CPU no graph is captured, and an interpreted launch costs much
             self.step.run(layer, hidden, residual, self._single)
 
-    def finish(self) -> Callable[[], Records] | None:
+    def finish(self) -> Callable[[], dict[str, StepRecord]] | None:
         """Start copying the outcome of the forward pass behind us; its records are made when they are asked for.
 
         Nobody asks tensor-parallel ranks other than the first: that all layers ran is proven here, when a later step has been

@@ -54,7 +54,7 @@ def batch(name: str, n: int, start: int = 0) -> StepBatch:
         n,
         positions,
         ids,
-        None,
+        lambda: None,
     )
 
 
