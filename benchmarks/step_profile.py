@@ -126,7 +126,7 @@ class Scene:
         n = load.n_requests * load.n_tokens
         self.worker = EngineWorker(config, D_MODEL, torch.bfloat16, n)
         if native.load():
-            self.worker.jobs = native.Jobs(config.armed, D_MODEL, torch.bfloat16)
+            self.worker.give_jobs()
         self.ledger = BankLedger(config.bank_rows)
         made = payloads(load, {source.layer: source.digest for source in config.saes})
         self.names = [f"request-{i}" for i in range(load.n_requests)]

@@ -38,7 +38,7 @@ def engine_for(
         worker = EngineWorker(config, d_model, dtype, max_tokens, drafts)
         warm_up(worker)
         if native.load():
-            worker.jobs = native.Jobs(config.armed, d_model, dtype)
+            worker.give_jobs()
         return worker
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"editing on {device.type} needs Triton, which is not installed")

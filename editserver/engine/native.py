@@ -63,26 +63,30 @@ class Jobs:
         for layer, place in self._place.items():
             self.table[layer, AT] = address(self._arguments[place])
         self.due = np.full(len(self.table), ASK)
-        self._kept: dict[int, tuple[Array, ...]] = {}
+        self._kept: list[Array] = []
 
     def say(self, due: int) -> None:
         """The same at every layer."""
         self.table[:, DUE] = due
 
-    def know(self, due: Mapping[int, int], arguments: Mapping[int, Mapping[int, int | Array]]) -> None:
-        """What is due at each layer in steps with the same residents; ``arguments`` of the kernel where that is EDIT.
+    def always(self, layer: int, arguments: Mapping[int, int | Array]) -> None:
+        """What the kernel is given at ``layer`` in every step. An array stands for its address, and is kept from going away."""
+        row = self._arguments[self._place[layer]]
+        for column, value in arguments.items():
+            row[column] = address(value) if isinstance(value, np.ndarray) else value
+        self._kept += [value for value in arguments.values() if isinstance(value, np.ndarray)]
 
-        An array stands for its address, and is kept from going away.
+    def know(self, due: Mapping[int, int], arguments: Mapping[int, Mapping[int, int]]) -> None:
+        """What is due at each layer in steps with the same residents; the rest of the kernel's arguments where that is EDIT.
+
+        What stands at addresses among them has to stay there until the next :meth:`know`, or :meth:`say`.
         """
         self.due[:] = NOTHING
-        self._kept = {}
         for layer, what in due.items():
             self.due[layer] = what
         for layer, given in arguments.items():
-            self._kept[layer] = tuple(value for value in given.values() if isinstance(value, np.ndarray))
             row = self._arguments[self._place[layer]]
-            for column, value in given.items():
-                row[column] = address(value) if isinstance(value, np.ndarray) else value
+            row[list(given)] = list(given.values())
 
     def begin(self, tokens: int, rows: int) -> None:
         """A step of ``tokens`` planned tokens, the last of them in row ``rows`` - 1 of the batch."""

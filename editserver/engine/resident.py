@@ -219,6 +219,11 @@ class ResidentSet:
         self.remembers = bool(self._ruled) or any(table.listeners for table in self._tables.values())
         self.version += 1
 
+    @property
+    def dose_addresses(self) -> tuple[int, int]:
+        """Of ``dose`` and ``refuses``, until the next change."""
+        return self._dose.at, self._refuses.at
+
     def columns(self, request_index: int, layer: int, after: bool) -> dict[int, tuple[int, int]]:
         """Inspection number → its columns of what :attr:`listed` says; those that need whole dictionaries are not there."""
         part = self._placed[request_index].reads.get((layer, after))

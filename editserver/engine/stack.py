@@ -17,7 +17,11 @@ Array = npt.NDArray[Any]
 
 
 class Stack:
-    """Rows of one type and shape."""
+    """Rows of one type and shape.
+
+    Attributes:
+        at: address of the first one, which changes when room runs out.
+    """
 
     def __init__(self, dtype: type[np.generic], *shape: int) -> None:
         self._n = 0
@@ -44,6 +48,7 @@ class Stack:
 
     def _make_room(self, room: Array) -> None:
         self._room, self._bytes = room, room.view(np.uint8).reshape(len(room), -1)
+        self.at: int = room.__array_interface__["data"][0]
 
     def keep(self, which: Array) -> None:
         """Take the rows out of which ``which`` (bool ``[n]``) is not true."""

@@ -188,27 +188,17 @@ class EngineWorker:
         jobs.begin(self.plan.n, self.plan.stop)
         self._alone = jobs.alone
 
-    def _due(self) -> tuple[dict[int, int], dict[int, dict[int, int | Array]]]:
-        """As long as the residents are the same, and no rules run."""
-        due: dict[int, int] = {}
-        arguments: dict[int, dict[int, int | Array]] = {}
-        residents, plan = self.residents, self.plan
+    def give_jobs(self) -> None:
+        """Have the C++ op, which is loaded, take what it can off this engine's hands."""
+        self.jobs = native.Jobs(self.config.armed, self.d_model, self.dtype)
         read, write, gate = self._rows
-        for layer, table in residents.layers.items():
-            reads = residents.reads[layer]
-            if table is None or reads or table.uses or table.listeners:
-                due[layer] = NOTHING if table is None and not reads else ASK
-                continue
-            due[layer] = EDIT
+        plan = self.plan
+        for layer in self.config.armed:
             fired, dose, flags = self._outcomes.layers[layer]
-            arguments[layer] = {
+            arguments: dict[int, int | Array] = {
                 A.form: self._form,
                 A.d: self.d_model,
-                A.width: table.width,
                 A.tokens: len(plan.all_places),
-                A.residents: len(residents.dose),
-                A.channels: len(table.channels),
-                A.ops: len(table.op_ints),
                 A.slots: len(read),
                 A.places: plan.all_places,
                 A.scratch: self._row,
@@ -216,14 +206,6 @@ class EngineWorker:
                 A.token_program: plan.all_requests,
                 A.token_selected: plan.all_selected,
                 A.token_open: self._closed,
-                A.programs: table.programs,
-                A.channel_rows: table.channels,
-                A.channel_ops: table.channel_ops,
-                A.op_ints: table.op_ints,
-                A.op_values: table.op_values,
-                A.op_masks: table.op_masks,
-                A.program_dose: residents.dose,
-                A.program_refuses: residents.refuses,
                 A.bank_read: read,
                 A.bank_write: write,
                 A.bank_gate: gate,
@@ -231,6 +213,35 @@ class EngineWorker:
                 A.dose: dose,
                 A.flags: flags,
                 A.written: self._written,
+            }
+            self.jobs.always(layer, arguments)
+
+    def _due(self) -> tuple[dict[int, int], dict[int, dict[int, int]]]:
+        """What is due at each layer as long as the residents are the same, and no rules run; and arguments of the kernel."""
+        due: dict[int, int] = {}
+        arguments: dict[int, dict[int, int]] = {}
+        residents = self.residents
+        dose, refuses = residents.dose_addresses
+        for layer, table in residents.layers.items():
+            reads = residents.reads[layer]
+            if table is None or reads or table.uses or table.listeners:
+                due[layer] = NOTHING if table is None and not reads else ASK
+                continue
+            due[layer] = EDIT
+            programs, channels, channel_ops, op_ints, op_values, op_masks = table.addresses
+            arguments[layer] = {
+                A.width: table.width,
+                A.residents: len(residents.dose),
+                A.channels: len(table.channels),
+                A.ops: len(table.op_ints),
+                A.programs: programs,
+                A.channel_rows: channels,
+                A.channel_ops: channel_ops,
+                A.op_ints: op_ints,
+                A.op_values: op_values,
+                A.op_masks: op_masks,
+                A.program_dose: dose,
+                A.program_refuses: refuses,
             }
         return due, arguments
 

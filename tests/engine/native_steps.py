@@ -10,7 +10,7 @@ import torch
 from editserver.engine import native, op
 from editserver.engine.worker import EngineWorker
 from interventions.program import ReadKind
-from tests.engine.kernel_steps import LAYER, D, new_worker
+from tests.engine.kernel_steps import new_worker
 
 SIMPLE = (ReadKind.NONE, ReadKind.NORM, ReadKind.DOT, ReadKind.LATENT)
 """Channels that need nothing but their own rows."""
@@ -32,7 +32,7 @@ def op_in_front() -> Iterator[None]:
 def served(dtype: torch.dtype) -> EngineWorker:
     """An engine as a server makes it."""
     worker = new_worker(dtype)
-    worker.jobs = native.Jobs((LAYER,), D, dtype)
+    worker.give_jobs()
     op.install(worker)
     return worker
 
