@@ -225,6 +225,8 @@ class ServedCatalogue:
     tokenizer: Any
     model: str = ""
     """The served name; empty where nobody gave it one: then concepts and maps are bound by their SAE alone."""
+    library_uses: int = 0
+    """How often somebody asked for what a name of the library stands for, which may be another thing the next time."""
     _token_text: dict[int, str] = field(default_factory=dict)
 
     def sae(self, name: str) -> ServedSAE:
@@ -237,6 +239,7 @@ class ServedCatalogue:
 
     def vector(self, name: str) -> Mapping[int, npt.NDArray[np.float32]]:
         """The library vector called ``name``; raises ``unknown_vector``."""
+        self.library_uses += 1
         return self.library.get(name).layers
 
     def concept(self, name: str) -> tuple[ServedSAE, Concept]:
@@ -245,6 +248,7 @@ class ServedCatalogue:
         Raises:
             InterventionError: ``unknown_concept``, or ``invalid_artifact`` for one that :meth:`dictionary_of` refuses.
         """
+        self.library_uses += 1
         concept = self.concepts.get(name)
         with _of_this_server("concept", name):
             return self.dictionary_of(concept), concept
@@ -255,16 +259,19 @@ class ServedCatalogue:
         Raises:
             InterventionError: ``unknown_map``, or ``invalid_artifact`` for one that :meth:`dictionary_of_map` refuses.
         """
+        self.library_uses += 1
         found = self.maps.get(name)
         with _of_this_server("map", name):
             return self.dictionary_of_map(found), found
 
     def ruleset(self, name: str) -> str | Mapping[str, Any]:
         """The library rule set called ``name`` as it was written, in text or JSON; raises ``unknown_ruleset``."""
+        self.library_uses += 1
         return self.rulesets.get(name).source
 
     def rule_context(self) -> Context:
         """What rules may name here: the dictionaries whose latents can be read, and the library's detectors."""
+        self.library_uses += 1
         dictionaries = {sae.id: Dictionary(sae.layer, sae.sae.n_features) for sae in self.saes.values() if sae.editable}
         return Context(dictionaries, self._detectors(), self.limits)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -182,10 +183,15 @@ class Compiled:
         )
         return replace(self, program=self.program.resolved(prompt), entries=entries)
 
-    @property
+    @cached_property
     def row_keys(self) -> tuple[str, ...]:
         """The distinct rows that the request needs, whatever its prompt."""
         return Payload(self.program, self.reads, None).row_keys
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """:meth:`payload`, as it travels."""
+        return self.payload().to_bytes()
 
     def payload(self) -> Payload:
         """What the engine gets; of a :meth:`resolved` one."""

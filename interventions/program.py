@@ -248,6 +248,10 @@ class Program(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
         -0.0 and 0.0 are one value: whatever is a number has 0.0 added.
         """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         parts = [b"editserver-program", _text(SEMANTICS_VERSION), _text(self.refuse_over_dose), _float(self.max_dose)]
         selectors = [selector.to_bytes() for selector in self.selectors]
         for layer in self.layers:

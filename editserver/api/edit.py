@@ -17,7 +17,6 @@ from editserver.engine.journal import Journal
 from editserver.engine.wire import KEY
 from interventions.compile import Compiled, check_selectable
 from interventions.errors import InterventionError
-from interventions.spec import parse_inspect, parse_interventions
 
 
 class Choice:
@@ -115,10 +114,9 @@ class Edit:
         Raises:
             InterventionError: with the contract's codes.
         """
-        specs, reads = parse_interventions(interventions), parse_inspect(inspect)
-        compiled = state.compile(specs, reads)
+        compiled, types = state.compiled(interventions, inspect)
         releases.append(state.capacity.reserve(compiled.row_keys))
-        for kind in {spec.type for spec in specs} | ({"inspect"} if reads else set()):
+        for kind in types | ({"inspect"} if compiled.reads else set()):
             metrics.REQUESTS.labels(kind).inc()
         return cls(state, compiled, isinstance(inspect, list))
 
@@ -146,7 +144,7 @@ class Edit:
         check_selectable(compiled, prompt, params.max_tokens)
         if compiled is not self.compiled:
             self.state.check(compiled)  # as many ranges as the prompt has mentions
-        params.extra_args = {**(params.extra_args or {}), KEY: compiled.payload().to_bytes()}
+        params.extra_args = {**(params.extra_args or {}), KEY: compiled.encoded}
         if self.compiled.inspects_prompt:
             params.skip_reading_prefix_cache = True
 

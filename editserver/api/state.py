@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from fastapi import Request
 
 from editserver.api.capacity import Capacity
@@ -17,7 +18,11 @@ from editserver.engine.config import EngineConfig
 from editserver.settings import Settings
 from interventions.compile import Compiled, compile_request
 from interventions.errors import InterventionError
-from interventions.spec import Inspect, Intervention
+from interventions.spec import Inspect, Intervention, parse_inspect, parse_interventions
+
+MOST_KEPT = 256
+"""Compiled requests that are kept, at most, each of at most ``KEPT_BYTES``."""
+KEPT_BYTES = 1 << 16
 
 
 @dataclass
@@ -45,6 +50,8 @@ class EditState:
     unheard: str | None = None
     device: Abilities | None = None
     _knowledge: dict[str, FeatureKnowledge] = field(default_factory=dict)
+    _compiled: dict[bytes, tuple[Compiled, frozenset[str]]] = field(default_factory=dict)
+    """In the order in which they came."""
 
     def knowledge(self, sae: str) -> FeatureKnowledge:
         """What is known about the features of SAE ``sae`` (read once)."""
@@ -53,6 +60,26 @@ class EditState:
             path = next(source.path for source in self.config.saes if source.id == sae)
             known = self._knowledge[sae] = FeatureKnowledge.read(path, self.catalogue.sae(sae).sae)
         return known
+
+    def compiled(self, interventions: Any, inspect: Any) -> tuple[Compiled, frozenset[str]]:
+        """What a request's fields (parsed JSON) mean here, and the types that it names.
+
+        Many requests say the same: an answer in which no name of the library has a part is kept for the next one.
+
+        Raises:
+            InterventionError: with the contract's codes.
+        """
+        key = _key(interventions, inspect)
+        if key is not None and (kept := self._compiled.get(key)) is not None:
+            return kept
+        specs, reads = parse_interventions(interventions), parse_inspect(inspect)
+        uses = self.catalogue.library_uses
+        found = self.compile(specs, reads), frozenset(spec.type for spec in specs)
+        if key is not None and uses == self.catalogue.library_uses:
+            while len(self._compiled) >= MOST_KEPT:
+                self._compiled.pop(next(iter(self._compiled)), None)
+            self._compiled[key] = found
+        return found
 
     def compile(self, specs: Sequence[Intervention], reads: Sequence[Inspect]) -> Compiled:
         """What a request's fields mean here.
@@ -90,6 +117,15 @@ class EditState:
         if sae.full_encode and not self.encodes(sae):
             shown |= {"editable": False, "top_k": False, "reason": f"{ON_GPU}, {NOT_ENCODED}"}
         return shown
+
+
+def _key(interventions: Any, inspect: Any) -> bytes | None:
+    """Equal for fields that are the same in every number's type and bits; None for what is too long, or odd, to be kept."""
+    try:
+        key = msgspec.msgpack.encode((interventions, inspect))
+    except (TypeError, OverflowError, ValueError, RecursionError):
+        return None
+    return key if len(key) <= KEPT_BYTES else None
 
 
 def editing(request: Request) -> EditState:

@@ -203,6 +203,10 @@ class LayerTable:
         self._op_ints = Stack(np.int32, len(OP_COLUMNS))
         self._op_values = Stack(np.float32, len(OP_VALUES))
         self._op_masks = Stack(np.uint64, len(OP_MASKS))
+        self._most = 0, 0
+        """Width, and columns of ``members``."""
+        self._special: list[int] = []
+        """Residents that use dictionaries or listen."""
         self._finished_empty = False
         self.finish()
 
@@ -214,7 +218,12 @@ class LayerTable:
             self._sizes.push(NOTHING)
             return
         self._programs.push(np.array([len(part.channels)], np.int32))
-        self._sizes.push(np.array([[part.width, part.n_members, bool(part.uses or part.listeners)]], np.int32))
+        special = bool(part.uses or part.listeners)
+        self._sizes.push(np.array([[part.width, part.n_members, special]], np.int32))
+        width, n_members = self._most
+        self._most = max(width, part.width), max(n_members, part.n_members)
+        if special:
+            self._special.append(len(self._parts) - 1)
         self._channels.push(part.channels)
         self._channel_ops.push(part.op_ends)
         self._op_ints.push(part.op_ints)
@@ -225,6 +234,9 @@ class LayerTable:
         """The residents of whom ``which`` (bool) is not true are gone."""
         self._parts = [part for part, stays in zip(self._parts, which.tolist(), strict=True) if stays]
         self._sizes.keep(which)
+        sizes = self._sizes.rows
+        width, n_members, _ = (int(most) for most in sizes.max(axis=0, initial=0))
+        self._most, self._special = (width, n_members), np.flatnonzero(sizes[:, 2]).tolist()
         if not self:
             self._programs.keep(which)
             return
@@ -235,6 +247,14 @@ class LayerTable:
         self._channel_ops.keep(channels)
         self._channels.keep(channels)
         self._programs.keep(which)
+
+    def clear(self) -> None:
+        """All residents are gone."""
+        self._parts, self._most, self._special = [], (0, 0), []
+        for stack in (self._sizes, self._programs, self._channels, self._channel_ops):
+            stack.clear()
+        for stack in (self._op_ints, self._op_values, self._op_masks):
+            stack.clear()
 
     @property
     def addresses(self) -> tuple[int, int, int, int, int, int]:
@@ -259,9 +279,8 @@ class LayerTable:
         self.op_ints, self.op_values, self.op_masks = (
             stack.rows for stack in (self._op_ints, self._op_values, self._op_masks)
         )
-        sizes = self._sizes.rows
-        self.width, self.n_members, _ = (int(most) for most in sizes.max(axis=0, initial=0))
-        here = [(i, part) for i in np.flatnonzero(sizes[:, 2]).tolist() if (part := self._parts[i]) is not None]
+        self.width, self.n_members = self._most
+        here = [(i, part) for i in self._special if (part := self._parts[i]) is not None]
         self.listeners: dict[int, list[Listener]] = {i: part.listeners for i, part in here if part.listeners}
         self.uses: dict[int, list[Use]] = {
             i: [_moved(use, int(self.programs[i])) for use in part.uses] for i, part in here if part.uses

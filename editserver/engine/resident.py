@@ -176,16 +176,24 @@ class ResidentSet:
         if not self._stale:
             return
         if self._gone:
-            stays = np.array([self._parts.get(one.resident.request_id) is one for one in self._placed], np.bool_)
-            self._placed = [one for one, stay in zip(self._placed, stays.tolist(), strict=True) if stay]
-            for table in self._tables.values():
-                table.keep(stays)
-            for part in (self.selectors, self._dose, self._refuses):
-                part.keep(stays)
+            self._drop([self._parts.get(one.resident.request_id) is one for one in self._placed])
         for parts in itertools.islice(self._parts.values(), len(self._placed), None):
             self._push(parts)
         self._finish()
         self._stale = self._gone = False
+
+    def _drop(self, stay: list[bool]) -> None:
+        """Take those out of the tables who are not to stay."""
+        tables: list[LayerTable | SelectorTable | Stack] = [*self._tables.values(), self.selectors]
+        tables += self._dose, self._refuses
+        self._placed = [one for one, stays in zip(self._placed, stay, strict=True) if stays]
+        if not self._placed:
+            for table in tables:
+                table.clear()
+            return
+        which = np.array(stay, np.bool_)
+        for table in tables:
+            table.keep(which)
 
     def _push(self, parts: _Parts) -> None:
         self._placed.append(parts)

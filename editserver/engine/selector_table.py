@@ -79,6 +79,11 @@ class SelectorTable:
         self._bos.keep(selectors)
         self._requests.keep(which)
 
+    def clear(self) -> None:
+        """All residents are gone."""
+        for stack in (self._requests, self._interval_ptr, self._intervals, self._id_ptr, self._ids, self._bos):
+            stack.clear()
+
     def finish(self) -> None:
         """After changes: the attributes are those of the residents that are there now."""
         self.requests, self.interval_ptr, self.intervals = (

@@ -46,6 +46,10 @@ class Stack:
         self._room[self._n : n] = rows
         self._n = n
 
+    def clear(self) -> None:
+        """Take all rows out."""
+        self._n = 0
+
     def _make_room(self, room: Array) -> None:
         self._room, self._bytes = room, room.view(np.uint8).reshape(len(room), -1)
         self.at: int = room.__array_interface__["data"][0]
@@ -66,6 +70,10 @@ class Pointers(Stack):
     def push(self, ends: Array) -> None:
         """Owners behind the others, ``ends`` counted from where the first of their blocks begins."""
         super().push(ends + self._room[self._n - 1])
+
+    def clear(self) -> None:
+        """Take all owners out."""
+        self._n = 1
 
     def rows_of(self, which: Array) -> Array:
         """Of every row of all owners, whether it is of one of ``which`` (bool ``[owners]``)."""

@@ -87,9 +87,9 @@ def payload_of(sampling_params: Any) -> Payload | None:
     return _known(data) if len(data) <= KNOWN_BYTES else Payload.from_bytes(data)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)
 def _known(data: bytes) -> Payload:
-    """Payloads are immutable, and one admission asks for the same one several times: the core, and a worker in its process."""
+    """Payloads are immutable; one admission asks for the same one several times, and many requests may edit alike."""
     return Payload.from_bytes(data)
 
 
