@@ -109,7 +109,18 @@ def prepare(model: str, options: Options, vllm_flags: Sequence[str]) -> Namespac
     args.enable_prompt_tokens_details = True
     setattr(args, ATTRIBUTE, settings)
     os.environ["VLLM_PLUGINS"] = ",".join(plugin_names(os.environ.get("VLLM_PLUGINS")))
+    start_sooner()
     return args
+
+
+def start_sooner() -> None:
+    """On a CPU, have Inductor's cache serve the second start: what vLLM (up to 0.32 at least) saves when it compiles ahead of
+    time it cannot load there, and compiles anew (vllm/compilation/decorators.py:315, a plain function has no
+    ``finalize_loading``). What the user has set stays."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 
 def demo_flags(given: Sequence[str]) -> list[str]:

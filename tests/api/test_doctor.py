@@ -69,6 +69,7 @@ def told(monkeypatch: pytest.MonkeyPatch, *arguments: str, code: int = 0) -> str
     """What ``editserver doctor`` prints for a configuration, without its checks of the machine."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_PLUGINS", "editserver")
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(doctor, "examine", lambda selftest: 0)
     done = CliRunner().invoke(main.app, ["doctor", *arguments])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from editserver.cli.serve import (
     plugin_names,
     prepare,
     refuse_flags,
+    start_sooner,
 )
 from editserver.engine.config import EngineConfig, SAESource
 from editserver.engine.rows import Dictionaries
@@ -79,6 +81,7 @@ def test_the_demo_is_served_under_its_name_with_its_layers_armed_and_one_api_pro
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_PLUGINS", "editserver")
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")
     args = prepare("demo", Options(), ["--data-parallel-size", "2"])
     config = EngineConfig.from_dict(args.additional_config["editserver"])
     assert config.armed == (10, 15, 20)
@@ -87,6 +90,18 @@ def test_the_demo_is_served_under_its_name_with_its_layers_armed_and_one_api_pro
     assert args.served_model_name == ["smollm2-135m-instruct"]
     assert args.enable_prompt_tokens_details  # receipts say what came from the prefix cache
     assert args.api_server_count == 1  # bank and receipts belong to one, however many engines there are
+    assert os.environ["VLLM_USE_AOT_COMPILE"] == "1"  # the user's word
+
+
+def test_on_a_cpu_inductors_cache_serves_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    for on_cpu, wanted in ((True, "0"), (False, None)):
+        monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "")
+        monkeypatch.delenv("VLLM_USE_AOT_COMPILE")
+        monkeypatch.setattr(type(current_platform), "is_cpu", lambda _, on_cpu=on_cpu: on_cpu)
+        start_sooner()
+        assert os.environ.get("VLLM_USE_AOT_COMPILE") == wanted
 
 
 def test_vllms_plugins_stay_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
