@@ -55,7 +55,7 @@ class Decoding:
             D.places: plan.all_places,
             D.token_request: plan.all_requests,
             D.token_selected: plan.all_selected,
-            D.kept: np.zeros(len(plan.all_places), np.int64),
+            D.kept: plan.all_positions,
             D.at: begins + np.array([place for _, place in forms], np.int64),
             D.layer_ptr: layer_ptr,
             D.layers: layers,

@@ -100,7 +100,7 @@ def on_cpu(config: EngineConfig, d_model: int, max_tokens: int, whole: Iterable[
         on_demand["whole dictionaries"] = sum(sizes)
     reserved = {
         "row bank": FLOAT * config.bank_rows * (2 * d_model + 4),
-        "plan of a step": max_tokens * (8 + 4 + WORD),
+        "plan of a step": max_tokens * (8 + 8 + 4 + WORD),
         "stream of a step": stream + 2 * FLOAT * d_model,
         "gates of a step": max_tokens * (WORD + 1),
         "records of a step": len(config.armed) * max_tokens * (WORD + FLOAT + 1),

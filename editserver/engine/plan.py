@@ -37,12 +37,14 @@ class Plan:
         all_places: where each planned token stands in the flat batch, int64, ascending; valid up to ``n``.
         all_requests: resident index of each planned token, int32; valid up to ``n``.
         all_selected: selector bits of each planned token, uint64; valid up to ``n``.
+        all_positions: position of each planned token, int64; valid up to ``n`` in steps without segments alone.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self.all_places: npt.NDArray[np.int64] = np.zeros(max_tokens, np.int64)
         self.all_requests: npt.NDArray[np.int32] = np.zeros(max_tokens, np.int32)
         self.all_selected: npt.NDArray[np.uint64] = np.zeros(max_tokens, np.uint64)
+        self.all_positions: npt.NDArray[np.int64] = np.zeros(max_tokens, np.int64)
         self.segments: list[Segment] = []
         self.active = False
         self.n = self.stop = 0

@@ -109,7 +109,7 @@ class Extension:
     def record(self) -> None:
         """Keep what this worker records, from now on."""
         from editserver.engine import op
-        from editserver.engine.wire import encode_records
+        from editserver.engine.wire import decode_step, encode_records
 
         engine: Any = type(op.current())
         finish = engine.finish
@@ -119,7 +119,7 @@ class Extension:
             if made is None:
                 return None
             records = made()  # of ranks that answer nobody, too
-            _RECORDED.extend(encode_records([record]) for record in records.values())
+            _RECORDED.extend(encode_records([record]) for record in decode_step(records).values())
             return lambda: records
 
         engine.finish = finishing

@@ -29,7 +29,7 @@ CONFIG = EngineConfig((1, 4, 6), bank_rows=48, propositions=130)
 def arrays_of(worker: EngineWorker) -> int:
     """Bytes of all tensors and arrays that hang from the worker, its plan and its bank."""
     found = [value for part in (worker, worker.plan, worker.bank) for value in vars(part).values()]
-    found += vars(worker._outcomes)["_arrays"]
+    found += worker._outcomes.arrays
     return sum(a.nbytes for a in found if isinstance(a, np.ndarray | torch.Tensor))
 
 
