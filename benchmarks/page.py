@@ -68,9 +68,10 @@ latents are active at every token: far more than of a trained one.
 differ as well. So vanilla and editserver are started several times, in another order each time (peers once), with memory in
 large pages, where they differed less (and without compilation ahead of time, whose artefacts vLLM cannot load on a CPU: a start
 then takes half the time); a table has the mean over the starts of the medians over their rounds, and the least and the largest
-ratio of any round. And a machine that others use as well changes its speed within seconds, faster than runs of
-seconds can take turns. The step of a decoding batch is therefore measured by itself as well: the median of a run of one
-second, many times."""
+ratio of any round. No edit makes a model faster: a ratio above 1 shows how much processes differ, and what is said of the same
+process without edits is then the figure to go by. And a machine that others use as well changes its speed within seconds, faster
+than runs of seconds can take turns. The step of a decoding batch is therefore measured by itself as well: the median of a run of
+one second, many times."""
 
 _AGAIN = """## Again, on your machine
 
@@ -217,6 +218,14 @@ def readme(record: Record) -> str:
             lines.append(f"| {_short(row)} | {ratio(row)} | {' | '.join(ends(row))} | {_aim(row)} |")
     if noise := _noise(record):
         lines += ["", f"{noise[0].upper()}{noise[1:]}."]
+    steps = [row for row in found if row.quantity == "step"]
+    if beside := beside_idle(steps, EDITSERVER):
+        titles = {row.load: title(row) for row in steps}
+        said = ", ".join(f"{titles[load]} {value:.3f}" for load, value in beside.items())
+        lines += [
+            "No edit makes a model faster: a ratio above 1 shows how much processes differ. A step next to one of the same",
+            f"process without edits: {said}.",
+        ]
     machine = record["machine"]
     return (
         f"`make bench`, ratios to vLLM without the plugin in the same run, {record['model']}, {machine['cpu']}, "
