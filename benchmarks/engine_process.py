@@ -68,7 +68,7 @@ def surroundings(plugins: str) -> dict[str, str]:
     """Environment of a system that loads these plugins of vLLM, and this tree's code.
 
     On a CPU, vLLM (0.30 to 0.32) cannot load what it saves when it compiles ahead of time ("no attribute 'finalize_loading'"), and
-    compiles anew at every start; without, Inductor's cache serves it, and a start takes half the time.
+    compiles anew at every start; without, Inductor's cache serves it.
     """
     return os.environ | {
         "VLLM_PLUGINS": plugins,

@@ -66,8 +66,8 @@ latents are active at every token: far more than of a trained one.
 
 **What blurs it.** A process keeps a speed of its own for its life, presumably by where its memory lies: two processes of vanilla
 differ as well. So vanilla and editserver are started several times, in another order each time (peers once), with memory in
-large pages, where they differed less (and without compilation ahead of time, whose artefacts vLLM cannot load on a CPU: a start
-then takes half the time); a table has the mean over the starts of the medians over their rounds, and the least and the largest
+large pages, where they differed less (and without compilation ahead of time, whose artefacts vLLM cannot load on a CPU: it would
+compile anew at every start); a table has the mean over the starts of the medians over their rounds, and the least and the largest
 ratio of any round. No edit makes a model faster: a ratio above 1 shows how much processes differ, and what is said of the same
 process without edits is then the figure to go by. And a machine that others use as well changes its speed within seconds, faster
 than runs of seconds can take turns. The step of a decoding batch is therefore measured by itself as well: the median of a run of

@@ -15,7 +15,7 @@ from editserver.engine.config import EngineConfig
 from editserver.engine.kernel_cpu import INPUT_NORMS
 from editserver.engine.kernel_rows import gather_rows
 from interventions.oracle import mean_pre_activation
-from interventions.program import parse_mean_key
+from interventions.program import parse_feature_key, parse_mean_key
 from sae_weights.feature_rows import StoredFeatures
 
 FULL_ENCODE_BLOCK = 16
@@ -123,9 +123,9 @@ class RowBank:
                 continue
             missing.append((key, slot))
             content[slot] = None  # nobody's until all is written: a row may turn out to be unreadable
-            sae, _, index = key.rpartition(":")
-            if sae.startswith("f:"):
-                features[sae] += int(index), slot
+            if key.startswith("f:"):
+                digest, index = parse_feature_key(key)
+                features[digest] += index, slot
             elif key in vectors:
                 values = np.frombuffer(vectors[key], np.float32)
                 if len(values) != read.shape[1]:
@@ -136,8 +136,8 @@ class RowBank:
                 mean, bias = self._dictionaries.mean(parse_mean_key(key))
                 read[slot], write[slot] = mean.numpy(), 0.0
                 gate[slot] = float(bias), 0.0, 0.0, 0.0
-        for sae, pairs in features.items():
-            self._take(sae.removeprefix("f:"), np.asarray(array("q", pairs)).reshape(-1, 2))
+        for digest, pairs in features.items():
+            self._take(digest, np.asarray(array("q", pairs)).reshape(-1, 2))
         for key, slot in missing:
             content[slot] = key
         return len(missing)
