@@ -1,5 +1,5 @@
 // The CPU's side of editserver::edit and editserver::edit_stream, for the common case: edits that need nothing but the rows of
-// their own channels. editserver/engine/native.py builds it, says by layer what is due, and has the layout of Job.
+// their own channels. editserver/engine/native.py builds it and says by layer what is due; kernel_plan.py has the layout of Job.
 //
 // What it finds here it hands to the compiled kernel; everything else goes back through the dispatcher to Python.
 
