@@ -566,7 +566,10 @@ def test_the_command_fits_from_files_and_writes_its_report(server: Server, http:
 
 def test_ctrl_c_cancels_the_job_of_the_command(server: Server, http: httpx.Client, tmp_path: Path) -> None:
     file = tmp_path / "topics.jsonl"
-    rows = [{"text": text, "label": name} for name, texts in CLASSES.items() for text in texts * 20]
+    # no text twice: what the prefix cache answers would be done before anybody can stop it
+    rows = [
+        {"text": f"{i}. {text}", "label": name} for name, texts in CLASSES.items() for i in range(100) for text in texts
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
 
     def interrupt() -> None:
