@@ -32,8 +32,9 @@ from interventions.program import Payload
 SLOTS = "editserver_slots"
 """Bank slots of the payload's ``row_keys``, added to ``extra_args`` by the core for the workers."""
 
-KNOWN_BYTES = 1 << 16
-"""Larger payloads are decoded whenever they are asked for: vectors, which many requests may bring, are not kept."""
+SHORT_BYTES, KNOWN_BYTES = 1 << 13, 1 << 16
+"""Of payloads up to the first of these sizes a thousand are kept decoded, some of those up to the second, and none beyond:
+vectors, which many requests may bring."""
 
 ABILITIES = "editserver_abilities"
 """Where an ``EngineCore`` keeps what a device's engine can do."""
@@ -84,13 +85,14 @@ def payload_of(sampling_params: Any) -> Payload | None:
     data = extra[KEY]
     if not isinstance(data, bytes):
         raise ValueError(f"extra_args[{KEY!r}] must be the bytes of a compiled payload, got {type(data).__name__}")
+    if len(data) <= SHORT_BYTES:
+        return _short(data)
     return _known(data) if len(data) <= KNOWN_BYTES else Payload.from_bytes(data)
 
 
-@functools.lru_cache(maxsize=256)
-def _known(data: bytes) -> Payload:
-    """Payloads are immutable; one admission asks for the same one several times, and many requests may edit alike."""
-    return Payload.from_bytes(data)
+# Payloads are immutable; one admission asks for the same one several times, and many requests may edit alike.
+_short = functools.lru_cache(maxsize=1024)(Payload.from_bytes)
+_known = functools.lru_cache(maxsize=128)(Payload.from_bytes)
 
 
 def _salted(request: Any, config: EngineConfig | None) -> None:
