@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -564,12 +564,18 @@ def test_the_command_fits_from_files_and_writes_its_report(server: Server, http:
     assert json.loads(as_json.stdout)["report"]["held_out"] is None
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT is KeyboardInterrupt, as in a terminal: a process that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_cancels_the_job_of_the_command(server: Server, http: httpx.Client, tmp_path: Path) -> None:
     file = tmp_path / "topics.jsonl"
-    # no text twice: what the prefix cache answers would be done before anybody can stop it
-    rows = [
-        {"text": f"{i}. {text}", "label": name} for name, texts in CLASSES.items() for i in range(100) for text in texts
-    ]
+    rows = [{"text": text, "label": name} for name, texts in CLASSES.items() for text in texts * 20]
     file.write_text("\n".join(map(json.dumps, rows)))
 
     def interrupt() -> None:
