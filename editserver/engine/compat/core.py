@@ -33,8 +33,8 @@ SLOTS = "editserver_slots"
 """Bank slots of the payload's ``row_keys``, added to ``extra_args`` by the core for the workers."""
 
 SHORT_BYTES, KNOWN_BYTES = 1 << 13, 1 << 16
-"""Of payloads up to the first of these sizes a thousand are kept decoded, some of those up to the second, and none beyond:
-vectors, which many requests may bring."""
+"""Of payloads up to the first of these sizes 1024 are kept decoded, of those up to the second 128, and none beyond: vectors,
+which many requests may bring."""
 
 ABILITIES = "editserver_abilities"
 """Where an ``EngineCore`` keeps what a device's engine can do."""
