@@ -66,6 +66,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="small cases, one round: shows that everything works, measures nothing"
     )
+    parser.add_argument(
+        "--bare", action="store_true",
+        help="vanilla and peers as installed, without the room for Python's frames that editserver gives itself "
+        "(benchmarks/room): where depths are unlucky, editing then seems to make a model faster",
+    )  # fmt: skip
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument(
         "--out", type=Path, help="the JSON file; default: benchmarks/results/MACHINE-DATE.json, with --quick out/"
@@ -99,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # engines that stand still are let go on the way out
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if args.bare:
+        os.environ["BENCHMARKS_BARE"] = "1"
     for name, value in LARGE_PAGES.items():
         os.environ.setdefault(name, value)
 
@@ -149,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         record["scenarios"] = []
         for measured in run(plan, bench, tell):
+            measured |= {"bare": True} if args.bare else {"room": True}
             record["scenarios"] = [one for one in record["scenarios"] if one["id"] != measured["id"]] + [measured]
             took = round(time.monotonic() - began)
             record |= {"systems": plan.record, "failures": plan.failures, "took_seconds": took}

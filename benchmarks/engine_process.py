@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks.processes import Family
 
 ROOT = Path(__file__).resolve().parent.parent
+ROOM, BARE = ROOT / "benchmarks" / "room", "BENCHMARKS_BARE"
 KEY, CONFIG = "BENCHMARK_SOCKET_KEY", "config.json"
 
 
@@ -64,17 +65,23 @@ class Ran:
     tokens: list[list[int]]
 
 
-def surroundings(plugins: str) -> dict[str, str]:
-    """Environment of a system that loads these plugins of vLLM, and this tree's code.
+def surroundings(plugin: str) -> dict[str, str]:
+    """Environment of a system that loads this plugin of vLLM, if any, and this tree's code.
+
+    Every system has the room for Python's frames that editserver gives itself (:mod:`editserver.engine.frames`), as a plugin:
+    without, a step of vanilla may take longer, and editing would seem to make it faster. ``BENCHMARKS_BARE=1``: as installed.
 
     On a CPU, vLLM (0.30 to 0.32) cannot load what it saves when it compiles ahead of time ("no attribute 'finalize_loading'"), and
     compiles anew at every start; without, Inductor's cache serves it.
     """
+    paths, plugins = [str(ROOT), os.environ.get("PYTHONPATH", "")], [plugin] if plugin else []
+    if os.environ.get(BARE) != "1":
+        paths, plugins = [*paths[:1], str(ROOM), *paths[1:]], [*plugins, "room"]
     return os.environ | {
-        "VLLM_PLUGINS": plugins,
+        "VLLM_PLUGINS": ",".join(plugins),
         "VLLM_USE_AOT_COMPILE": os.environ.get("VLLM_USE_AOT_COMPILE", "0"),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
 
 

@@ -4,11 +4,11 @@
      "groups": [name], "systems": {name: versions}, "failures": ["group: sentence"],
      "scenarios": [{"id", "short", "title", "quantity", "tokens", "requests",
                     "loads": [{"entry", "system", "load", "title", "goal", "agreement"?}], "again"?: "date, commit, command",
-                    "starts"?: [n],
+                    "starts"?: [n], "room"?: true,
                     "rounds": [[{"entry", "seconds" | "step" | "ttft" | "milliseconds", …}, …]]}]}
 
 ``rounds`` has every run in the order of time; everything else on a page is computed from it. ``starts`` says how many of the
-rounds were run before the systems' processes were started anew.
+rounds were run before the systems' processes were started anew, ``room`` that vanilla had room for Python's frames too.
 """
 
 from __future__ import annotations

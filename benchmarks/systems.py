@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.dictionaries import write_random
-from benchmarks.engine_process import ROOT, Batch, EngineProcess
+from benchmarks.engine_process import BARE, ROOT, Batch, EngineProcess
 from benchmarks.payloads import payload, vectors
 from benchmarks.scenarios import (
     D_MODEL,
@@ -174,5 +174,6 @@ def settings() -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND",
         "OMP_NUM_THREADS",
         "VLLM_CPU_NUM_OF_RESERVED_CPU",
+        BARE,
     )
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,7 +1,7 @@
 """The part of editserver that lives inside vLLM's processes.
 
 Load time: ``plugin`` (the way in), ``splice`` (finds and arms decoder layers), ``op`` (the custom op in the compiled graph),
-``choose`` (which engine edits), ``warm_up``.
+``choose`` (which engine edits), ``warm_up``, ``frames`` (room for Python's).
 Per server: ``config``, ``memory`` (what is kept, in bytes), ``bank`` (who owns which row slot), ``rows`` (the rows themselves, and
 the SAEs they come from), ``abilities`` (what a device's engine can do).
 Per request: ``resident`` (who is there), ``layer_table``, ``selector_table``, ``read_table``, ``rule_table`` (what they ask for, as

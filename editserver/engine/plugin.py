@@ -9,7 +9,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Install the wraps; idempotent. Raises when the installed vLLM is not one this editserver knows."""
-    from editserver.engine.compat import core, handshake, llvmlite_guard, load, signatures
+    from editserver.engine.compat import core, handshake, llvmlite_guard, load, loops, signatures
     from editserver.engine.compat.version import ENGINE, check_vllm
 
     check_vllm(ENGINE)
@@ -18,3 +18,4 @@ def register() -> None:
     core.install()
     load.install()
     handshake.install()
+    loops.install()
