@@ -65,7 +65,7 @@ async def capabilities(request: Request) -> dict[str, Any]:
         "saes": [state.shown(sae) for sae in catalogue.saes.values()],
         "intervention_types": list(BUILT),
         "schemas": schemas(),
-    }
+    } | ({} if state.device is None else {"device_limits": state.device.limits()})
 
 
 @router.get("/v1/saes")

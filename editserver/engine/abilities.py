@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,12 +59,39 @@ class Abilities:
 
         Raises:
             InterventionError: ``unsupported_with_interventions``, ``limit_exceeded``; of ``inspect`` where the program alone
-                would be done, else of ``interventions``.
+                would be done, of ``interventions[i]`` where that one alone would not, else of ``interventions``.
         """
         refusal = self._refusal(payload)
-        if refusal is not None:
-            by_reads = payload.reads and self._refusal(replace(payload, reads=())) is None
-            raise InterventionError(*refusal, "inspect" if by_reads else "interventions")
+        if refusal is None:
+            return
+        if payload.reads and self._refusal(replace(payload, reads=())) is None:
+            raise InterventionError(*refusal, "inspect")
+        for i, alone in _interventions(payload):
+            if one := self._refusal(alone):
+                raise InterventionError(*one, f"interventions[{i}]")
+        raise InterventionError(*refusal, "interventions")
+
+    def limits(self) -> dict[str, int]:
+        """What one request may need, whatever the published limits allow; ``layer_…``: at one layer."""
+        room, rules = self.capacity, self.rules
+        found = {
+            "layer_channels": room.request_channels,
+            "layer_reads": room.request_reads,
+            "layer_inspected_features": room.listed,
+            "layer_whole_dictionary_features": room.members if self.encode is not None else 0,
+            "layer_top_k": self.room("encode.top"),
+            "layer_sequence_gates": room.request_gates,
+        }
+        if rules is not None:
+            found |= {
+                "layer_rule_features": rules.features,
+                "rule_propositions": rules.propositions,
+                "rule_conclusions": rules.conclusions,
+                "rule_actions": rules.actions,
+                "rule_memories": rules.memories,
+                "rule_numbers": rules.cells,
+            }
+        return found
 
     def _refusal(self, payload: Payload) -> tuple[Code, str] | None:
         """Code and message."""
@@ -140,6 +167,26 @@ class Abilities:
             reserved = self.rules if part == "rules" else self.encode
             return int(getattr(reserved, field_name)) if reserved is not None else 0
         return int(getattr(self.capacity, name))
+
+
+def _interventions(payload: Payload) -> Iterator[tuple[int, Payload]]:
+    """Each intervention that edits by itself: its index, and a request of nothing else, without its rules."""
+    program = payload.program
+    if program is None:
+        return
+    for i in sorted({op.intervention for layer in program.layers for one in layer.channels for op in one.ops}):
+        layers = []
+        for layer in program.layers:
+            own = [(one, tuple(op for op in one.ops if op.intervention == i)) for one in layer.channels]
+            channels = tuple(replace(one, ops=ops) for one, ops in own if ops)
+            named = sorted({gate for one in channels for op in one.ops for gate in op.gates})
+            layers.append(replace(layer, channels=channels, gates=tuple(layer.gates[gate] for gate in named)))
+        own_ops = [op for layer in layers for one in layer.channels for op in one.ops]
+        used = {place for op in own_ops for place in (op.selector, op.scope)}
+        selectors = tuple(one for place, one in enumerate(program.selectors) if place in used)
+        # Indices into gates and selectors are not right any more; nothing here looks at them.
+        alone = replace(program, layers=tuple(layers), selectors=selectors, rules=None)
+        yield i, replace(payload, program=alone, reads=())
 
 
 def _whole(payload: Payload) -> dict[int, set[tuple[str, int]]]:

@@ -83,8 +83,9 @@ def refusal(
 def test_what_they_do_not_do_is_refused_with_the_contracts_code_and_the_field(state: EditState) -> None:
     inspect = {"sae": "polysae", "top_k": 2}
     for interventions, reads, field in (
-        (edit("polysae"), None, "interventions"),
-        (edit("polysae"), inspect, "interventions"),
+        (edit("polysae"), None, "interventions[0]"),
+        (edit("polysae"), inspect, "interventions[0]"),
+        ([*edit("relu"), *edit("polysae")], None, "interventions[1]"),
         (edit("relu"), inspect, "inspect"),
         ([], inspect, "inspect"),
     ):
@@ -122,7 +123,33 @@ def test_mentions_beyond_the_room_are_refused_as_soon_as_the_prompt_is_known(sta
     edit.admit(SamplingParams(max_tokens=4))
     with pytest.raises(InterventionError, match=f"needs {room + 1} intervals") as refused:
         edit.admit(SamplingParams(max_tokens=4))
-    assert (refused.value.code, refused.value.status, refused.value.param) == ("limit_exceeded", 400, "interventions")
+    assert (refused.value.code, refused.value.status, refused.value.param) == (
+        "limit_exceeded",
+        400,
+        "interventions[0]",
+    )
+
+
+def test_what_only_all_together_exceeds_is_of_interventions(state: EditState, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert state.device is not None
+    monkeypatch.setattr(state, "device", replace(state.device, capacity=replace(state.device.capacity, members=2)))
+    three = [{"index": i, "op": "set", "value": 2.0} for i in range(3)]
+    one, two = ({"type": "edit_features", "sae": "abstopk", "features": some} for some in (three[:1], three[1:]))
+    assert state.compile(parse_interventions([one]), []).program is not None
+    assert refusal(state, [one, two], code="limit_exceeded").param == "interventions"
+    whole = {"type": "edit_features", "sae": "abstopk", "features": three}
+    assert refusal(state, [*edit("relu"), whole], code="limit_exceeded").param == "interventions[1]"
+
+
+def test_what_a_device_has_room_for_is_published(state: EditState) -> None:
+    assert state.device is not None
+    published = state.device.limits()
+    assert published["layer_whole_dictionary_features"] == state.device.capacity.members
+    assert published["layer_top_k"] == 128
+    assert published["rule_conclusions"] == 128
+    without = replace(state.device, encode=None, rules=None).limits()
+    assert (without["layer_whole_dictionary_features"], without["layer_top_k"]) == (0, 0)
+    assert not any(name.startswith("rule") for name in without)
 
 
 def test_limits_are_published_as_far_as_there_is_room(state: EditState, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ class Capabilities(BaseModel):
     n_layers: int
     armed_layers: list[int]
     limits: dict[str, Any]
+    device_limits: dict[str, int] | None = None
+    """On a GPU: what one request may need there, whatever `limits` allow; `layer_…`: at one layer."""
     saes: list[SAEInfo | str]
     intervention_types: list[str]
     schemas: dict[str, Any]
