@@ -32,6 +32,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.engine_process import BARE
 from benchmarks.scenarios import SCENARIOS, SYSTEMS, VANILLA
 
 LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if args.bare:
-        os.environ["BENCHMARKS_BARE"] = "1"
+        os.environ[BARE] = "1"
     for name, value in LARGE_PAGES.items():
         os.environ.setdefault(name, value)
 
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         record["scenarios"] = []
         for measured in run(plan, bench, tell):
-            measured |= {"bare": True} if args.bare else {"room": True}
+            measured["room"] = not args.bare
             record["scenarios"] = [one for one in record["scenarios"] if one["id"] != measured["id"]] + [measured]
             took = round(time.monotonic() - began)
             record |= {"systems": plan.record, "failures": plan.failures, "took_seconds": took}

@@ -74,11 +74,11 @@ def surroundings(plugin: str) -> dict[str, str]:
     On a CPU, vLLM (0.30 to 0.32) cannot load what it saves when it compiles ahead of time ("no attribute 'finalize_loading'"), and
     compiles anew at every start; without, Inductor's cache serves it.
     """
-    paths, plugins = [str(ROOT), os.environ.get("PYTHONPATH", "")], [plugin] if plugin else []
-    if os.environ.get(BARE) != "1":
-        paths, plugins = [*paths[:1], str(ROOM), *paths[1:]], [*plugins, "room"]
+    bare = os.environ.get(BARE) == "1"
+    plugins = (plugin, "" if bare else "room")
+    paths = (str(ROOT), "" if bare else str(ROOM), os.environ.get("PYTHONPATH"))
     return os.environ | {
-        "VLLM_PLUGINS": ",".join(plugins),
+        "VLLM_PLUGINS": ",".join(filter(None, plugins)),
         "VLLM_USE_AOT_COMPILE": os.environ.get("VLLM_USE_AOT_COMPILE", "0"),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),

@@ -153,7 +153,7 @@ def _scenarios(found: Sequence[Row], measured: Sequence[Mapping[str, Any]]) -> s
         parts += _remarks(lines)
         if again := by_title[name].get("again"):
             parts.append(f"Measured by itself: {again}.")
-        if "room" not in by_title[name] and by_title[name]["quantity"] != "milliseconds":
+        if not by_title[name].get("room") and by_title[name]["quantity"] != "milliseconds":
             parts.append(_BARE)
     return "\n\n".join(parts)
 

@@ -4,7 +4,7 @@
      "groups": [name], "systems": {name: versions}, "failures": ["group: sentence"],
      "scenarios": [{"id", "short", "title", "quantity", "tokens", "requests",
                     "loads": [{"entry", "system", "load", "title", "goal", "agreement"?}], "again"?: "date, commit, command",
-                    "starts"?: [n], "room"?: true,
+                    "starts"?: [n], "room"?: bool,
                     "rounds": [[{"entry", "seconds" | "step" | "ttft" | "milliseconds", …}, …]]}]}
 
 ``rounds`` has every run in the order of time; everything else on a page is computed from it. ``starts`` says how many of the

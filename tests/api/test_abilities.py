@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI, Request
 from vllm import SamplingParams
 
 from editserver.api.capacity import Capacity
@@ -14,7 +16,7 @@ from editserver.api.concept_report import readout
 from editserver.api.edit import Edit
 from editserver.api.evidence import read_all
 from editserver.api.plugin import bounded, why_unheard
-from editserver.api.routes_catalogue import _without_prefix
+from editserver.api.routes_catalogue import _without_prefix, capabilities
 from editserver.api.routes_concepts import FitConceptBody, _check_limits, _check_stream, _dictionary
 from editserver.api.rulesets import check_body, parse_stored, shown_normal
 from editserver.api.state import EditState
@@ -141,15 +143,23 @@ def test_what_only_all_together_exceeds_is_of_interventions(state: EditState, mo
     assert refusal(state, [*edit("relu"), whole], code="limit_exceeded").param == "interventions[1]"
 
 
-def test_what_a_device_has_room_for_is_published(state: EditState) -> None:
+def served(state: EditState) -> Request:
+    app = FastAPI()
+    app.state.editserver = state
+    return Request({"type": "http", "app": app})
+
+
+def test_what_a_device_has_room_for_is_published(state: EditState, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state.device is not None
-    published = state.device.limits()
+    published = asyncio.run(capabilities(served(state)))["device_limits"]
     assert published["layer_whole_dictionary_features"] == state.device.capacity.members
     assert published["layer_top_k"] == 128
     assert published["rule_conclusions"] == 128
     without = replace(state.device, encode=None, rules=None).limits()
     assert (without["layer_whole_dictionary_features"], without["layer_top_k"]) == (0, 0)
     assert not any(name.startswith("rule") for name in without)
+    monkeypatch.setattr(state, "device", None)
+    assert "device_limits" not in asyncio.run(capabilities(served(state)))
 
 
 def test_limits_are_published_as_far_as_there_is_room(state: EditState, monkeypatch: pytest.MonkeyPatch) -> None:

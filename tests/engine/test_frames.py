@@ -4,6 +4,7 @@ import gc
 import resource
 from collections.abc import Callable
 
+import pytest
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
@@ -53,11 +54,8 @@ def test_arguments_results_names_and_errors_pass_through() -> None:
     roomy = with_room(divide)
     assert roomy(6, by=4) == 1.5
     assert (roomy.__name__, roomy.__doc__) == ("divide", "Text.")
-    try:
+    with pytest.raises(ZeroDivisionError):
         roomy(1, by=0)
-    except ZeroDivisionError:
-        return
-    raise AssertionError
 
 
 def test_the_loops_of_vllms_processes_are_wrapped_once() -> None:

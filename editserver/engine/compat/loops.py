@@ -9,14 +9,15 @@ from editserver.engine.frames import with_room
 
 def install() -> None:
     """Wrap them in the classes that have them; they begin after plugins are loaded. Idempotent; what is not there is left out."""
-    from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
-    from vllm.v1.executor.multiproc_executor import WorkerProc
+    from vllm.v1.engine import core
+    from vllm.v1.executor import multiproc_executor
 
-    for owner, name in (
-        (WorkerProc, "worker_busy_loop"),
-        (EngineCoreProc, "run_busy_loop"),
-        (DPEngineCoreProc, "run_busy_loop"),
+    for module, class_name, name in (
+        (multiproc_executor, "WorkerProc", "worker_busy_loop"),
+        (core, "EngineCoreProc", "run_busy_loop"),
+        (core, "DPEngineCoreProc", "run_busy_loop"),
     ):
+        owner: Any = getattr(module, class_name, object)
         loop: Any = vars(owner).get(name)
         if loop is not None and not getattr(loop, "editserver", False):
             roomy: Any = with_room(loop)
