@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="vanilla and peers as installed, without the room for Python's frames that editserver gives itself "
         "(benchmarks/room): where depths are unlucky, editing then seems to make a model faster",
     )  # fmt: skip
+    parser.add_argument(
+        "--hold-slow-memory", action="store_true",
+        help="time nearly all free memory first, and keep what is slow from all systems: on a virtual machine, where a process "
+        "lies may decide how fast it is for its life (takes a minute or two and, for that long, nearly all memory)",
+    )  # fmt: skip
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument(
         "--out", type=Path, help="the JSON file; default: benchmarks/results/MACHINE-DATE.json, with --quick out/"
@@ -110,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in LARGE_PAGES.items():
         os.environ.setdefault(name, value)
 
-    from benchmarks import machine
+    from benchmarks import machine, slow_memory
     from benchmarks.results import FOLDER, SCHEMA, merged, read
     from benchmarks.runner import Plan, run
     from benchmarks.systems import Bench, available, peer_installed, settings, write_dictionaries
@@ -148,8 +154,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = read(args.into) if args.into else None
     folder = Path("out") if args.quick else FOLDER
     out = args.out or args.into or folder / f"{machine.slug()}-{now:%Y-%m-%d}.json"
+    around = ExitStack()
+    if args.hold_slow_memory:
+        console.print("[dim]memory is timed, and what is slow is held …[/dim]")
+        record["machine"]["slow_memory"] = held_memory = around.enter_context(slow_memory.held())
+        console.print(f"[dim]{held_memory['held_gib']:g} of {held_memory['timed_gib']:g} GiB are held[/dim]")
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as bar:
+    with around, Progress(*columns, console=console, transient=True, refresh_per_second=1) as bar:
         task = bar.add_task("", total=plan.n_turns)
 
         def tell(what: str, advance: int = 0) -> None:
@@ -158,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         record["scenarios"] = []
         for measured in run(plan, bench, tell):
             measured["room"] = not args.bare
+            if args.hold_slow_memory:
+                measured["slow_memory"] = record["machine"]["slow_memory"]
             record["scenarios"] = [one for one in record["scenarios"] if one["id"] != measured["id"]] + [measured]
             took = round(time.monotonic() - began)
             record |= {"systems": plan.record, "failures": plan.failures, "took_seconds": took}

@@ -75,11 +75,14 @@ differ as well. So vanilla and editserver are started several times, in another 
 large pages, where they differed less (and without compilation ahead of time, whose artefacts vLLM cannot load on a CPU: it would
 compile anew at every start); a table has the mean over the starts of the medians over their rounds, and the least and the largest
 ratio of any round. No edit makes a model faster: a ratio above 1 shows how much processes differ, and what is said of the same
-process without edits is then the figure to go by. And a machine that others use as well changes its speed within seconds, faster
+process without edits is then the figure to go by. On a virtual machine some memory may be half as fast as the rest, and
+`--hold-slow-memory` keeps it from all systems. And a machine that others use as well changes its speed within seconds, faster
 than runs of seconds can take turns. The step of a decoding batch is therefore measured by itself as well: the median of a run of
 one second, many times."""
 
 _BARE = "Measured with vanilla as it is installed, without room for frames: a part of these ratios is owed to that."
+
+_KEPT = "Memory that this machine reads slowly was kept from all systems (`--hold-slow-memory`)"
 
 _AGAIN = """## Again, on your machine
 
@@ -153,6 +156,8 @@ def _scenarios(found: Sequence[Row], measured: Sequence[Mapping[str, Any]]) -> s
         parts += _remarks(lines)
         if again := by_title[name].get("again"):
             parts.append(f"Measured by itself: {again}.")
+        if kept := by_title[name].get("slow_memory"):
+            parts.append(f"{_KEPT}: {kept['held_gib']:g} of {kept['timed_gib']:g} GiB.")
         if not by_title[name].get("room") and by_title[name]["quantity"] != "milliseconds":
             parts.append(_BARE)
     return "\n\n".join(parts)

@@ -1,0 +1,25 @@
+"""Memory that is slow is told from memory that is not, and none of it is given back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.slow_memory import slow, time_pages
+
+
+def test_pages_are_held_that_are_slower_than_most_in_most_passes() -> None:
+    seconds = np.full((6, 100), 1.0) + np.arange(6)[:, None] * 1e-3
+    seconds[:, 7] = 2.0  # always slow
+    seconds[0, 8] = 9.0  # once interrupted
+    seconds[:, 9] = 1.1  # hardly slower
+    assert np.flatnonzero(slow(seconds)).tolist() == [7]
+
+
+def test_uniform_memory_is_given_back_whole() -> None:
+    assert not slow(np.ones((6, 50))).any()
+
+
+def test_every_page_is_read_in_every_pass() -> None:
+    took = time_pages(np.ones((5, 4096), np.uint64), passes=3)
+    assert took.shape == (3, 5)
+    assert (took > 0).all()
