@@ -13,7 +13,7 @@ from editserver.api.capacity import Capacity
 from editserver.api.jobs import Jobs
 from editserver.api.knowledge import FeatureKnowledge
 from editserver.catalogue import ServedCatalogue, ServedSAE
-from editserver.engine.abilities import NOT_ENCODED, ON_GPU, Abilities
+from editserver.engine.abilities import NOT_ENCODED, ON_GPU, Abilities, Fields
 from editserver.engine.config import EngineConfig
 from editserver.settings import Settings
 from interventions.compile import Compiled, compile_request
@@ -97,7 +97,9 @@ class EditState:
     def check(self, compiled: Compiled) -> None:
         """Refuse what the engine does not do, before anything of it is reached; raises InterventionError."""
         if self.device is not None:
-            self.device.check(compiled.payload())
+            conditioned = (one for one in compiled.entries if one.type == "rules" or one.when is not None)
+            fields = Fields(compiled.inspect_params, tuple(one.param for one in conditioned if not one.noop))
+            self.device.check(compiled.payload(), fields)
 
     def encodes(self, sae: ServedSAE) -> bool:
         """Whether all latents of ``sae`` may be looked at."""

@@ -25,6 +25,19 @@ ENCODED = frozenset(("topk", "gradient", "abstopk", "plain_topk", "vsae"))
 
 
 @dataclass(frozen=True)
+class Fields:
+    """What a request calls the parts of its payload, for refusals.
+
+    Attributes:
+        reads: the place of each inspection, in the payload's order.
+        rules: of each intervention that has rules, or a condition of them.
+    """
+
+    reads: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Abilities:
     """Of the device's engine, as it was started.
 
@@ -54,22 +67,40 @@ class Abilities:
         encode = None if raw["encode"] is None else EncodeCapacity(**raw["encode"])
         return cls(Capacity(**raw["capacity"]), rules, encode, raw["whole"], raw["not_encoded"], raw["remembers"])
 
-    def check(self, payload: Payload) -> None:
+    def check(self, payload: Payload, fields: Fields = Fields()) -> None:
         """Refuse what the engine would not do, or has no room for even where it is alone.
 
         Raises:
-            InterventionError: ``unsupported_with_interventions``, ``limit_exceeded``; of ``inspect`` where the program alone
-                would be done, of ``interventions[i]`` where that one alone would not, else of ``interventions``.
+            InterventionError: ``unsupported_with_interventions``, ``limit_exceeded``. It names the one inspection or
+                intervention that would not be done by itself; ``inspect`` or ``interventions`` where all of them together
+                would not.
         """
+        edits = self._refusal(replace(payload, reads=()))
+        if edits is not None:
+            raise InterventionError(*self._fault_of_edits(payload, edits, fields.rules))
         refusal = self._refusal(payload)
         if refusal is None:
             return
-        if payload.reads and self._refusal(replace(payload, reads=())) is None:
-            raise InterventionError(*refusal, "inspect")
+        for name, read in zip(fields.reads, payload.reads, strict=False):
+            if one := self._refusal(replace(payload, program=None, reads=(read,))):
+                raise InterventionError(*one, name)
+        raise InterventionError(*refusal, "inspect")
+
+    def _fault_of_edits(
+        self, payload: Payload, refusal: tuple[Code, str], rules: tuple[str, ...]
+    ) -> tuple[Code, str, str]:
+        """Code, message and field, where the interventions are refused with ``refusal``."""
         for i, alone in _interventions(payload):
             if one := self._refusal(alone):
-                raise InterventionError(*one, f"interventions[{i}]")
-        raise InterventionError(*refusal, "interventions")
+                return (*one, f"interventions[{i}]")
+        program = payload.program
+        if program is not None and program.rules is not None and rules:
+            without = replace(payload, program=replace(program, rules=None), reads=())
+            # Rule sets share their rooms: of several none is to blame. What is not done at all, the first asked for.
+            told = len(rules) == 1 or refusal[0] == "unsupported_with_interventions"
+            if told and self._refusal(without) is None:
+                return (*refusal, rules[0])
+        return (*refusal, "interventions")
 
     def limits(self) -> dict[str, int]:
         """What one request may need, whatever the published limits allow; ``layer_…``: at one layer."""

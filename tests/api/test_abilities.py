@@ -132,6 +132,40 @@ def test_mentions_beyond_the_room_are_refused_as_soon_as_the_prompt_is_known(sta
     )
 
 
+def test_the_inspection_at_fault_is_named_and_all_of_them_where_none_is_alone(
+    state: EditState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine, other = {"sae": "relu", "features": [1, 2]}, {"sae": "polysae", "top_k": 2}
+    assert refusal(state, edit("relu"), [fine, other]).param == "inspect[1]"
+    assert state.device is not None
+    monkeypatch.setattr(state, "device", replace(state.device, capacity=replace(state.device.capacity, listed=3)))
+    assert state.compile([], parse_inspect([fine])).reads
+    assert refusal(state, [], [fine, {"sae": "abstopk", "features": [3, 4]}], "limit_exceeded").param == "inspect"
+    four = {"sae": "relu", "features": [1, 2, 3, 4]}
+    assert refusal(state, [], [{"sae": "abstopk", "features": [1]}, four], "limit_exceeded").param == "inspect[1]"
+
+
+def test_the_rule_set_at_fault_is_named(state: EditState, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rules(feature: int) -> dict[str, object]:
+        return {"type": "rules", "text": f"rule: feature(relu, {feature}) > 0 -> found\non found: flag"}
+
+    steer: dict[str, object] = {"type": "steer", "sae": "relu", "feature": 1, "strength": 2}
+    conditioned = steer | {"when": "feature(relu, 2) > 0"}
+    assert state.device is not None
+    assert state.device.rules is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "device", replace(state.device, rules=None))
+        for asked in ([steer, rules(1)], [steer, rules(1), rules(2)], [steer, conditioned]):
+            error = refusal(state, asked)
+            assert (error.message, error.param) == ("on a GPU, rules are not run", "interventions[1]")
+    few = replace(state.device.rules, features=1)
+    monkeypatch.setattr(state, "device", replace(state.device, rules=few))
+    assert state.compile(parse_interventions([steer, rules(1)]), []).program is not None
+    two = {"type": "rules", "text": "rule: feature(relu, 1) > 0 and feature(relu, 2) > 0 -> found\non found: flag"}
+    assert refusal(state, [steer, two], code="limit_exceeded").param == "interventions[1]"
+    assert refusal(state, [rules(1), rules(2)], code="limit_exceeded").param == "interventions"
+
+
 def test_what_only_all_together_exceeds_is_of_interventions(state: EditState, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state.device is not None
     monkeypatch.setattr(state, "device", replace(state.device, capacity=replace(state.device.capacity, members=2)))
