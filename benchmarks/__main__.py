@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = read(args.into) if args.into else None
     folder = Path("out") if args.quick else FOLDER
     out = args.out or args.into or folder / f"{machine.slug()}-{now:%Y-%m-%d}.json"
-    around = ExitStack()
-    if args.hold_slow_memory:
-        console.print("[dim]memory is timed, and what is slow is held …[/dim]")
-        record["machine"]["slow_memory"] = held_memory = around.enter_context(slow_memory.held())
-        console.print(f"[dim]{held_memory['held_gib']:g} of {held_memory['timed_gib']:g} GiB are held[/dim]")
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
-    with around, Progress(*columns, console=console, transient=True, refresh_per_second=1) as bar:
+    bars = Progress(*columns, console=console, transient=True, refresh_per_second=1)
+    with slow_memory.held(console) if args.hold_slow_memory else nullcontext() as held, bars as bar:
         task = bar.add_task("", total=plan.n_turns)
 
         def tell(what: str, advance: int = 0) -> None:
@@ -169,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         record["scenarios"] = []
         for measured in run(plan, bench, tell):
             measured["room"] = not args.bare
-            if args.hold_slow_memory:
-                measured["slow_memory"] = record["machine"]["slow_memory"]
+            if held is not None:
+                measured["slow_memory"] = held
             record["scenarios"] = [one for one in record["scenarios"] if one["id"] != measured["id"]] + [measured]
             took = round(time.monotonic() - began)
             record |= {"systems": plan.record, "failures": plan.failures, "took_seconds": took}

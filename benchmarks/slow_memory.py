@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import psutil
+from rich.console import Console
 
 from benchmarks.engine_process import ROOT
 
@@ -45,26 +46,35 @@ def time_pages(words: np.ndarray, passes: int = PASSES) -> np.ndarray:
 
 
 @contextmanager
-def held() -> Iterator[dict[str, float]]:
-    """Slow memory is held, by a process of its own; yields the GiB that were timed and those that are held."""
+def held(console: Console) -> Iterator[dict[str, float]]:
+    """Slow memory is held, by a process of its own; yields the GiB that were timed and those that are held.
+
+    Raises:
+        RuntimeError: memory could not be timed.
+    """
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.slow_memory"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            said = process.stdout.readline()
+            with console.status("nearly all free memory is timed: a minute or two …"):
+                said = process.stdout.readline()
             if not said:
                 raise RuntimeError("memory could not be timed; run without --hold-slow-memory")
-            yield json.loads(said)
+            gib = json.loads(said)
+            console.print(f"[dim]slow memory is held: {gib['held_gib']:g} of {gib['timed_gib']:g} GiB[/dim]")
+            yield gib
         finally:
             process.stdin.close()
             process.wait()
 
 
-def main() -> None:
-    """Hold it until standard input ends."""
-    n = (psutil.virtual_memory().available - LEFT_FREE) // PAGE
+def hold(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Take ``n`` pages and give the fast ones back; their words, uint64 ``[n, PAGE / 8]``, and which are held, bool ``[n]``.
+
+    A held page has ones in its first words; one that was given back reads as zeros.
+    """
     memory = mmap.mmap(-1, (n + 1) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -75,7 +85,13 @@ def main() -> None:
     kept = slow(time_pages(pages))
     for i in np.flatnonzero(~kept):
         memory.madvise(mmap.MADV_DONTNEED, first + int(i) * PAGE, PAGE)
-    gib = {"timed_gib": round(n * PAGE / 2**30, 1), "held_gib": round(int(kept.sum()) * PAGE / 2**30, 1)}
+    return pages, kept
+
+
+def main() -> None:
+    """Hold what is slow until standard input ends."""
+    pages, kept = hold((psutil.virtual_memory().available - LEFT_FREE) // PAGE)
+    gib = {"timed_gib": round(len(pages) * PAGE / 2**30, 1), "held_gib": round(int(kept.sum()) * PAGE / 2**30, 1)}
     print(json.dumps(gib), flush=True)
     sys.stdin.read()
 

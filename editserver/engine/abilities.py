@@ -75,12 +75,11 @@ class Abilities:
                 intervention that would not be done by itself; ``inspect`` or ``interventions`` where all of them together
                 would not.
         """
-        edits = self._refusal(replace(payload, reads=()))
-        if edits is not None:
-            raise InterventionError(*self._fault_of_edits(payload, edits, fields.rules))
         refusal = self._refusal(payload)
         if refusal is None:
             return
+        if edits := self._refusal(replace(payload, reads=())):
+            raise InterventionError(*self._fault_of_edits(payload, edits, fields.rules))
         for name, read in zip(fields.reads, payload.reads, strict=False):
             if one := self._refusal(replace(payload, program=None, reads=(read,))):
                 raise InterventionError(*one, name)

@@ -84,6 +84,15 @@ def test_of_several_starts_each_is_shown():
     assert "| ≥ 0.97 | missed by 0.170 | 0.800 0.800 |" in text
 
 
+def test_a_scenario_says_on_what_ground_it_was_measured():
+    record = _record()
+    record["scenarios"][0] |= {"room": True, "slow_memory": {"held_gib": 1.5, "timed_gib": 21.0}}
+    text = pages.page(record, "r.json")
+    assert text.count("(`--hold-slow-memory`): 1.5 of 21 GiB.") == 1
+    timed = [one for one in record["scenarios"] if one["quantity"] != "milliseconds"]
+    assert text.count("without room for frames") == len(timed) - 1
+
+
 def test_what_a_process_keeps_for_its_life_falls_out_beside_its_own_idle_load():
     slow, fast = 1.25, 1.0  # two starts: editserver's process is slower in the first, whatever it is asked
     rounds = [

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+import mmap
 
-from benchmarks.slow_memory import slow, time_pages
+import numpy as np
+import pytest
+
+from benchmarks import slow_memory
+from benchmarks.slow_memory import hold, slow, time_pages
 
 
 def test_pages_are_held_that_are_slower_than_most_in_most_passes() -> None:
@@ -23,3 +27,13 @@ def test_every_page_is_read_in_every_pass() -> None:
     took = time_pages(np.ones((5, 4096), np.uint64), passes=3)
     assert took.shape == (3, 5)
     assert (took > 0).all()
+
+
+def test_slow_pages_stay_and_all_others_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = np.ones((6, 30))
+    seconds[:, [0, 13, 29]] = 2.0
+    monkeypatch.setattr(slow_memory, "time_pages", lambda pages: seconds)
+    pages, kept = hold(30)
+    assert np.flatnonzero(kept).tolist() == [0, 13, 29]
+    assert np.flatnonzero(pages.max(axis=1)).tolist() == [0, 13, 29]
+    assert (pages[kept].sum(axis=1) == slow_memory.PAGE // mmap.PAGESIZE).all()
