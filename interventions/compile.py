@@ -194,13 +194,14 @@ class _Compiler:
         return tuple(sorted(by_layer)), kept
 
     def edit_features(self, i: int, spec: EditFeatures, selector: Selector) -> tuple[CatalogueSAE, bool]:
-        offered = self.resolver.sae(spec.sae, f"{spec.param}.sae")
-        kind = self.resolver.latents(offered, f"{spec.param}.sae")
-        kept = False
+        param = spec.param
+        offered = self.resolver.sae(spec.sae, f"{param}.sae")
+        kind = self.resolver.latents(offered, f"{param}.sae")
+        digest, kept = offered.sae.digest, False
         for j, edit in enumerate(spec.features):
-            self.resolver.check_index(offered, edit.index, f"{spec.param}.features[{j}].index")
+            self.resolver.check_index(offered, edit.index, f"{param}.features[{j}].index")
             instruction = latent_instruction(edit, selector, i)
-            kept |= self.draft.add(offered.layer, kind, feature_key(offered.sae.digest, edit.index), instruction)
+            kept |= self.draft.add(offered.layer, kind, feature_key(digest, edit.index), instruction)
         return offered, kept
 
     def suppress(self, i: int, spec: Suppress, selector: Selector) -> tuple[CatalogueSAE, bool]:

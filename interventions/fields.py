@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from interventions.float32 import float32
 from interventions.selectors import UNBOUNDED
 from interventions.wording import choices, nearest, printable, show
 
@@ -38,11 +39,10 @@ def number(value: Any, *path: str | int) -> float:
     """``value`` rounded to float32; a fault if it is not a number or not finite there."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise fault(f"expected a number, got {show(value)}", *path)
-    with np.errstate(over="ignore"):
-        try:
-            rounded = float(np.float32(float(value)))
-        except OverflowError:
-            rounded = math.inf
+    try:
+        rounded = float32(value)
+    except OverflowError:  # an integer beyond float64
+        rounded = math.inf
     if not math.isfinite(rounded):
         raise fault(f"expected a finite number in the range of float32, got {show(value)}", *path)
     return rounded

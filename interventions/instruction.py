@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from msgspec import structs
+from msgspec.structs import replace
 
 from interventions.errors import InterventionError
+from interventions.float32 import float32
 from interventions.program import Channel, Gate, GateKind, LayerProgram, Op, OpKind, Program, ReadKind, UnitKind
 from interventions.rules.code import RuleProgram
 from interventions.selectors import Selector
@@ -27,13 +28,11 @@ _LARGEST_LATENT, _LARGEST_EDITED_LATENT = 1e4, 1e6
 
 
 def rounded(value: float) -> float:
-    """To the nearest float32 (``inf`` beyond its range)."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(value)) + 0.0
+    """To the nearest float32 (``inf`` beyond its range), never -0.0."""
+    return float32(value) + 0.0
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(msgspec.Struct, frozen=True, gc=False):
     """What :class:`~interventions.program.Op` says, with selector, scope and gates themselves in place of their numbers."""
 
     selector: Selector
@@ -71,15 +70,15 @@ class Instruction:
             return size * max(1.0, self.strength - 1.0)
         unit = 1.0 if self.unit is UnitKind.ABSOLUTE else original
         size = abs(self.alpha) * size + abs(self.beta) * unit + abs(self.gamma) * original
-        return max(abs(min(max(x, self.lo), self.hi)) for x in (-size, size))
+        lowest, highest = min(max(-size, self.lo), self.hi), min(max(size, self.lo), self.hi)
+        return max(abs(lowest), abs(highest))
 
     def renumbered(self, actions: Mapping[int, int]) -> Instruction:
         """The same behind gates that name their actions by other numbers."""
-        if not any(gate.kind is GateKind.RULE for gate in self.gates):
+        if not self.gates or not any(gate.kind is GateKind.RULE for gate in self.gates):
             return self
         gates = (
-            structs.replace(gate, action=actions[gate.action]) if gate.kind is GateKind.RULE else gate
-            for gate in self.gates
+            replace(gate, action=actions[gate.action]) if gate.kind is GateKind.RULE else gate for gate in self.gates
         )
         return replace(self, gates=tuple(gates))
 
@@ -101,7 +100,7 @@ class Instruction:
             self.unit,
             self.mean,
             -1 if self.scope is None else selectors[id(self.scope)],
-            tuple(sorted({gates[id(gate)] for gate in self.gates})),
+            tuple(sorted({gates[id(gate)] for gate in self.gates})) if self.gates else (),
         )
 
 
@@ -171,7 +170,9 @@ class Draft:
     ) -> bool:
         """Count the instruction; keep it, and the ``vectors`` that it names, unless it changes nothing."""
         self.n_instructions += 1
-        self.named.update(one for one in (key, instruction.source, instruction.mean, *(vectors or ())) if one)
+        self.named.add(key)
+        if instruction.source or instruction.mean or vectors:
+            self.named.update(one for one in (instruction.source, instruction.mean, *(vectors or ())) if one)
         selects = bool(instruction.selector.ranges or instruction.selector.token_ids)
         if silent or instruction.is_identity or not selects:
             return False

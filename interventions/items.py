@@ -31,12 +31,11 @@ class Item(BaseModel):
             return data
         if not isinstance(data, dict):
             raise fault(f"expected an object, got {show(data)}")
-        present = {key: value for key, value in data.items() if value is not None}
-        for key in present:
-            if not isinstance(key, str) or key not in cls.model_fields:
-                name = key if isinstance(key, str) else show(key)
-                known = choices(cls.model_fields)
-                raise fault(f"unknown field; known are {known}.{nearest(name, cls.model_fields)}", printable(name))
+        present, known = {key: value for key, value in data.items() if value is not None}, cls.__pydantic_fields__
+        if not present.keys() <= known.keys():
+            key = next(key for key in present if key not in known)
+            name = key if isinstance(key, str) else show(key)
+            raise fault(f"unknown field; known are {choices(known)}.{nearest(name, known)}", printable(name))
         return present
 
     def given(self, name: str) -> bool:

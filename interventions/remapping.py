@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from msgspec.structs import replace as replaced
+from msgspec.structs import replace
 
 from interventions.errors import InterventionError
 from interventions.instruction import Instruction, rounded
@@ -137,9 +137,9 @@ def _sequence_gate(given: SequenceGate, read: ReadKind, keys: Callable[[tuple[in
     if isinstance(rule, CusumGate):
         k = round(rule.k / STEP) * STEP
         k = k if k < 1.0 else rule.k
-        return replaced(gate, kind=GateKind.CUSUM, k=k, reset=rule.reset, latch=rule.latch)
+        return replace(gate, kind=GateKind.CUSUM, k=k, reset=rule.reset, latch=rule.latch)
     if isinstance(rule, WindowGate):
-        return replaced(gate, kind=GateKind.WINDOW, window=rule.window, least=rule.least, latch=rule.latch)
+        return replace(gate, kind=GateKind.WINDOW, window=rule.window, least=rule.least, latch=rule.latch)
     if rule.over == "seen":
-        return replaced(gate, kind=GateKind.SHARE_SEEN, least=rule.least, latch=rule.latch)
+        return replace(gate, kind=GateKind.SHARE_SEEN, least=rule.least, latch=rule.latch)
     return gate  # looked at once, and held: nothing else matters

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from interventions.concepts.concept import Concept, Method
 from interventions.concepts.gain import HEADER, GainTable, Range

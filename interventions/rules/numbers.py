@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal, InvalidOperation
 
-import numpy as np
-
+from interventions.float32 import float32
 from interventions.rules.errors import Place, RuleError
 from interventions.rules.formula import PPM
 from interventions.rules.proposition import MAX_FEATURES, Comparison, Leaf, Proposition, Split, Sum, Tree
@@ -20,8 +19,7 @@ MAX_FEATURE = 2**31 - 1
 
 def real(words: str, place: Place) -> float:
     """A number rounded to float32; refused when it is not finite there."""
-    with np.errstate(over="ignore"):
-        value = float(np.float32(float(words)))
+    value = float32(float(words))
     if not math.isfinite(value):
         raise RuleError(f"{words} is outside the range of float32", place)
     return value + 0.0
@@ -50,7 +48,7 @@ def weighted(sae: str, terms: list[tuple[int, float]], place: Place) -> Sum:
     """The canonical sum: one weight per feature, ascending, none 0."""
     merged: dict[int, float] = {}
     for feature, weight in terms:
-        merged[feature] = float(np.float32(merged.get(feature, 0.0) + weight))
+        merged[feature] = float32(merged.get(feature, 0.0) + weight)
     kept = tuple(sorted((feature, weight) for feature, weight in merged.items() if weight))
     if not kept:
         raise RuleError("all weights of the sum are 0", place)

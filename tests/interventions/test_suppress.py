@@ -374,7 +374,7 @@ def test_reach_grows_with_the_strength_only(compiled):
     assert compiled(suppress("jumprelu", strength=1e9)).program is not None
     gain = Instruction(compiled(suppress("jumprelu")).entries[0].selector, 0, kind=OpKind.GAIN, strength=0.5)
     assert gain.reach(3.0) == 3.0
-    assert replace(gain, strength=5.0).reach(3.0) == 12.0
+    assert msgspec.structs.replace(gain, strength=5.0).reach(3.0) == 12.0
 
 
 def test_the_kinds_of_reading_are_the_dictionaries_own(compiled, saes):
