@@ -90,16 +90,33 @@ class _Parts:
     @classmethod
     def of(cls, resident: Resident, dictionaries: Dictionaries) -> _Parts:
         """All of them."""
-        payload = resident.payload
-        layers = payload.program.layers if payload.program else ()
-        where = {(read.layer, read.after) for read in payload.reads}
-        reads = {place: ReadPart.of(resident, *place, dictionaries) for place in where}
-        return cls(
-            resident,
-            {lp.layer: LayerPart.of(resident, lp, dictionaries) for lp in layers},
-            SelectorPart.of(resident.selectors, resident.prompt_len),
-            {place: part for place, part in reads.items() if part is not None},
-        )
+        layers, reads = _located(resident, dictionaries)
+        return cls(resident, layers, SelectorPart.of(resident.selectors, resident.prompt_len), reads)
+
+
+_LOCATED = "editserver_located"
+"""Attribute of a payload that has been resident: the dictionaries and slots, and what :func:`_located` made of them."""
+
+
+def _located(
+    resident: Resident, dictionaries: Dictionaries
+) -> tuple[dict[int, LayerPart], dict[tuple[int, bool], ReadPart]]:
+    """What the request does at each layer, and lists there.
+
+    Requests that edit alike share a payload, and their rows mostly lie where the last one's did: then this is made once.
+    """
+    payload, slots = resident.payload, resident.slots
+    known = payload.__dict__.get(_LOCATED)
+    if known is not None and known[0] is dictionaries and known[1] == slots:
+        return known[2], known[3]
+    layers = {
+        lp.layer: LayerPart.of(resident, lp, dictionaries) for lp in (payload.program.layers if payload.program else ())
+    }
+    where = {(read.layer, read.after) for read in payload.reads}
+    found = {place: ReadPart.of(resident, *place, dictionaries) for place in where}
+    reads = {place: part for place, part in found.items() if part is not None}
+    payload.__dict__[_LOCATED] = dictionaries, slots, layers, reads
+    return layers, reads
 
 
 class ResidentSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import accumulate
 
 import numpy as np
@@ -41,11 +42,22 @@ def made_of(random: np.random.Generator) -> Payload:
     return Payload(program, chosen, program.digest() if program else None)
 
 
+@cache
+def shared(seed: int) -> Payload:
+    """One object for all requests that edit alike, as the engine has it."""
+    return made_of(np.random.default_rng(seed))
+
+
 def resident(name: str, seed: int) -> Resident:
-    random = np.random.default_rng(seed)
-    payload = made_of(random)
+    """Of two seeds that differ by 20 or 40, with the same payload; its rows may lie elsewhere."""
+    payload, random = shared(seed % 20), np.random.default_rng(seed // 20 % 2)
     slots = {key: int(random.integers(500)) for key in payload.row_keys}
-    return Resident(name, payload, int(random.integers(1, 9)), slots)
+    return Resident(name, payload, 1 + seed % 9, slots)
+
+
+def copied(one: Resident) -> Resident:
+    """The same request, which shares nothing."""
+    return Resident(one.request_id, Payload.from_bytes(one.payload.to_bytes()), one.prompt_len, one.slots)
 
 
 def told(table: LayerTable | None) -> list[object]:
@@ -81,7 +93,7 @@ def state(of: ResidentSet) -> list[object]:
 
 
 changes = st.lists(
-    st.tuples(st.sampled_from(["come", "come", "go", "refresh", "many go"]), st.integers(0, 9), st.integers(0, 40)),
+    st.tuples(st.sampled_from(["come", "come", "go", "refresh", "many go"]), st.integers(0, 9), st.integers(0, 59)),
     max_size=30,
 )
 
@@ -109,7 +121,7 @@ def test_tables_are_those_of_the_requests_that_are_there(history: list[tuple[str
     residents.refresh()
     anew = ResidentSet(opened, (LAYER, OTHER))
     for one in here.values():
-        anew.add(one)
+        anew.add(copied(one))
     anew.refresh()
     if here:
         assert state(residents) == state(anew)
@@ -150,3 +162,27 @@ def test_a_request_that_leaves_changes_nothing_before_the_next_step() -> None:
     residents.refresh()
     assert state(residents) != before
     assert residents.version > version
+
+
+def test_requests_that_edit_alike_share_their_tables_as_far_as_their_rows_lie_alike() -> None:
+    opened = Dictionaries(dictionaries()[0])
+    residents = ResidentSet(opened, (LAYER, OTHER))
+    seed = next(seed for seed in range(20) if shared(seed).row_keys)
+    first, elsewhere, again = (resident(f"r{seed}", seed) for seed in (seed, seed + 20, seed + 40))
+    assert first.slots == again.slots != elsewhere.slots
+    for one in (first, elsewhere, again):
+        residents.add(one)
+    residents.refresh()
+    alone = []
+    for one in (first, elsewhere):
+        fresh = ResidentSet(opened, (LAYER, OTHER))
+        fresh.add(copied(one))
+        fresh.refresh()
+        alone.append(fresh)
+    for layer, table in residents.layers.items():
+        if table is not None:
+            parts = [alone[i].layers[layer] for i in (0, 1, 0)]
+            assert table.slot.tolist() == [slot for part in parts if part is not None for slot in part.slot.tolist()]
+    for place, listed in residents.listed.items():
+        rows = [alone[i].listed[place].rows for i in (0, 1, 0)]
+        assert listed.rows.tolist() == np.concatenate(rows).tolist()
