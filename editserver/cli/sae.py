@@ -83,6 +83,7 @@ def train(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from editserver.demo.model import cache_root, ensure_demo_model
+    from sae_weights.training.precision import quick_dtype
     from sae_weights.training.run import Plan, run
     from sae_weights.training.trainer import Progress as Line
     from sae_weights.training.trainer import Recipe
@@ -132,7 +133,7 @@ def train(
 
         try:
             results = run(
-                lambda: AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16").eval().to(device),
+                lambda: AutoModelForCausalLM.from_pretrained(path, dtype=quick_dtype(device)).eval().to(device),
                 AutoTokenizer.from_pretrained(path),
                 plan,
                 folders,

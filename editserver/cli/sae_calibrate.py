@@ -108,6 +108,7 @@ def _activations(
     from editserver.demo.model import cache_root, ensure_demo_model
     from sae_weights.knowledge.passages import bundled_texts, own_texts
     from sae_weights.training.activations import Truncated, collect
+    from sae_weights.training.precision import quick_dtype
 
     logging.disable_progress_bar()  # two displays on one terminal garble each other
     path = str(ensure_demo_model()) if model == "demo" else model
@@ -134,7 +135,7 @@ def _activations(
         raise ValueError("the text is shorter than two windows of 256 tokens: nothing could be held out")
     layer = sae.hook.edit_layer
     assert layer is not None
-    loaded = Truncated(AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16").eval().to(device), layer)
+    loaded = Truncated(AutoModelForCausalLM.from_pretrained(path, dtype=quick_dtype(device)).eval().to(device), layer)
     parts = []
     for title, sequences in (("reading", measured), ("reading held-out text", judged)):
         (part,) = collect(loaded, sequences, report=_bar(progress, title))

@@ -79,6 +79,7 @@ def label(
     from editserver.demo.model import cache_root, ensure_demo_model
     from sae_weights.knowledge.facts import KnowledgeError
     from sae_weights.knowledge.labelling import label as run
+    from sae_weights.training.precision import quick_dtype
 
     started = time.monotonic()
     if (out is not None or hand_labels is not None) and len(sources) > 1:
@@ -96,7 +97,7 @@ def label(
             report = _Report(progress)
             texts = _texts(text, chats, tokenizer, count, cache, report)
             topics = _topics(cache, fetch=not text)
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16").eval()
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=quick_dtype()).eval()
             found = run(loaded, tokenizer, [t.sae for t in targets], texts.passages, topics=topics, report=report)
             for target, labelling in zip(targets, found, strict=True):
                 _write(target, labelling, texts, {"model": model, "text": [str(p.name) for p in text or ()]}, report)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from sae_weights.hook import Hook
 from sae_weights.sae import SAE
 from sae_weights.training import sparse
+from sae_weights.training.precision import quick_dtype
 
 Objective = Literal["batchtopk", "topk", "jumprelu"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -185,7 +186,9 @@ class Trainer:
     @torch.no_grad()
     def _pre(self, x: Tensor) -> Tensor:
         """Pre-activations of scaled inputs, bf16 ``[B, n]``."""
-        return torch.addmm(self.b_enc.bfloat16(), (x - self.b_dec).bfloat16(), self.W_enc.bfloat16().T)
+        dtype = quick_dtype(x.device)
+        product = torch.addmm(self.b_enc.to(dtype), (x - self.b_dec).to(dtype), self.W_enc.to(dtype).T)
+        return product.bfloat16()
 
     def _keep(self, pre: Tensor) -> sparse.Fired:
         """The pairs (token, latent) that this objective looks at."""

@@ -18,6 +18,7 @@ from editserver.demo.model import ensure_demo_model
 from sae_weights.catalogue import BUNDLED_FOLDER, bundled, resolve
 from sae_weights.training.activations import Truncated, collect
 from sae_weights.training.evaluate import reconstruction, splice
+from sae_weights.training.precision import quick_dtype
 
 LAYERS = (10, 15, 20)
 SAMPLE = json.loads(Path(__file__).with_name("held_out.json").read_text())
@@ -92,7 +93,7 @@ def sae(layer):
 
 
 def load_model():
-    return AutoModelForCausalLM.from_pretrained(ensure_demo_model(progress=False), dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(ensure_demo_model(progress=False), dtype=quick_dtype()).eval()
 
 
 @pytest.fixture(scope="module")
