@@ -110,8 +110,11 @@ def serve(
     args = _prepared(context)
     from editserver.api.plugin import HandshakeError
     from editserver.catalogue import CatalogueError
+    from editserver.cli.serve import slow_numbers
     from editserver.engine.compat.refuse import UnsupportedConfig
 
+    if (slow := slow_numbers(args)) is not None:
+        _errors.print(f"editserver: {slow}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     try:
         run(args)
     except (UnsupportedConfig, HandshakeError, CatalogueError) as error:

@@ -83,7 +83,7 @@ def train(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from editserver.demo.model import cache_root, ensure_demo_model
-    from sae_weights.training.precision import quick_dtype
+    from sae_weights.precision import quick_dtype
     from sae_weights.training.run import Plan, run
     from sae_weights.training.trainer import Progress as Line
     from sae_weights.training.trainer import Recipe

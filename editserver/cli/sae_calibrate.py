@@ -107,8 +107,8 @@ def _activations(
     from editserver.cli.sae import parse_count
     from editserver.demo.model import cache_root, ensure_demo_model
     from sae_weights.knowledge.passages import bundled_texts, own_texts
+    from sae_weights.precision import quick_dtype
     from sae_weights.training.activations import Truncated, collect
-    from sae_weights.training.precision import quick_dtype
 
     logging.disable_progress_bar()  # two displays on one terminal garble each other
     path = str(ensure_demo_model()) if model == "demo" else model

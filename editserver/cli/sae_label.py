@@ -79,7 +79,7 @@ def label(
     from editserver.demo.model import cache_root, ensure_demo_model
     from sae_weights.knowledge.facts import KnowledgeError
     from sae_weights.knowledge.labelling import label as run
-    from sae_weights.training.precision import quick_dtype
+    from sae_weights.precision import quick_dtype
 
     started = time.monotonic()
     if (out is not None or hand_labels is not None) and len(sources) > 1:

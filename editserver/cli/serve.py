@@ -26,19 +26,19 @@ from editserver.settings import ATTRIBUTE, DoseBound, Settings, SettingsError
 from interventions.limits import Limits
 from interventions.wording import choices, nearest
 from sae_weights.catalogue import bundled
+from sae_weights.precision import quick_dtype
 
 DEMO = "demo"
 DEMO_LAYERS = (10, 15, 20)
 DEMO_FLAGS = {
     "--served-model-name": MODEL_NAME,
     "--max-model-len": "4096",
-    "--dtype": "bfloat16",
     "--gpu-memory-utilization": "0.3",
 }
-"""vLLM flags of the demo, each unless the user gives it."""
+"""vLLM flags of the demo, each unless the user gives it, and ``--dtype``: the type that the machine multiplies quickly."""
 
 DEMO_KV_GIB = "1"
-"""KV cache of the demo on a CPU: about 45,000 tokens."""
+"""KV cache of the demo on a CPU: about 45,000 tokens, half of that in float32."""
 
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
@@ -126,7 +126,25 @@ def start_sooner() -> None:
 def demo_flags(given: Sequence[str]) -> list[str]:
     """The demo's vLLM flags that the user did not give."""
     names = {flag.split("=")[0].replace("_", "-") for flag in given if flag.startswith("--")}
-    return [part for name, value in DEMO_FLAGS.items() if name not in names for part in (name, value)]
+    own = {**DEMO_FLAGS, "--dtype": served_dtype()}
+    return [part for name, value in own.items() if name not in names for part in (name, value)]
+
+
+def served_dtype() -> str:
+    """bfloat16, or float32 on a CPU that multiplies no bfloat16, as vLLM is told."""
+    from vllm.platforms import current_platform
+
+    return "bfloat16" if not current_platform.is_cpu() else str(quick_dtype()).removeprefix("torch.")
+
+
+def slow_numbers(args: Namespace) -> str | None:
+    """What to say to whoever has a CPU compute in a type that it does not multiply; None where it does."""
+    if args.dtype in ("float32", "float") or served_dtype() == "bfloat16":
+        return None
+    return (
+        "this CPU multiplies no bfloat16, and takes several times as long for it as for float32; "
+        "--dtype float32 is quicker, at twice the memory"
+    )
 
 
 def open_saes(sources: Iterable[str], approximate: Sequence[str] = ()) -> list[OpenedSAE]:

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_weights.hook import Hook
+from sae_weights.precision import quick_dtype
 from sae_weights.sae import SAE
 from sae_weights.training import sparse
-from sae_weights.training.precision import quick_dtype
 
 Objective = Literal["batchtopk", "topk", "jumprelu"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from editserver.cli.serve import (
     plugin_names,
     prepare,
     refuse_flags,
+    slow_numbers,
     start_sooner,
 )
 from editserver.engine.config import EngineConfig, SAESource
@@ -74,6 +76,18 @@ def test_the_demos_flags_give_way_to_the_users() -> None:
     assert "--max-model-len" not in flags
     assert "--dtype" not in flags
     assert "--served-model-name" in flags
+
+
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_the_demo_computes_in_what_the_cpu_multiplies_and_others_are_told(
+    multiplies: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
+    flags = demo_flags([])
+    assert flags[flags.index("--dtype") + 1] == dtype
+    assert slow_numbers(Namespace(dtype="float32")) is None
+    said = slow_numbers(Namespace(dtype="auto"))
+    assert said is None if multiplies else said is not None and "--dtype float32" in said
 
 
 def test_the_demo_is_served_under_its_name_with_its_layers_armed_and_one_api_process(

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editserver.demo.model import ensure_demo_model
 from sae_weights.catalogue import BUNDLED_FOLDER, bundled, resolve
+from sae_weights.precision import quick_dtype
 from sae_weights.training.activations import Truncated, collect
 from sae_weights.training.evaluate import reconstruction, splice
-from sae_weights.training.precision import quick_dtype
 
 LAYERS = (10, 15, 20)
 SAMPLE = json.loads(Path(__file__).with_name("held_out.json").read_text())
