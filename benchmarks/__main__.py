@@ -78,6 +78,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="time nearly all free memory first, and keep what is slow from all systems: on a virtual machine, where a process "
         "lies may decide how fast it is for its life (takes a minute or two and, for that long, nearly all memory)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"],
+        help="what the model is computed in; default: bfloat16, or float32 on a CPU that multiplies no bfloat16",
+    )  # fmt: skip
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument(
         "--out", type=Path, help="the JSON file; default: benchmarks/results/MACHINE-DATE.json, with --quick out/"
@@ -121,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from benchmarks.runner import Plan, run
     from benchmarks.systems import Bench, available, peer_installed, settings, write_dictionaries
     from benchmarks.tables import show
+    from editserver.cli.serve import served_dtype
     from editserver.demo.model import cache_root, ensure_demo_model
 
     there = available()
@@ -138,14 +143,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan.scenarios = [one for one in scenarios if one.id not in idle]
     cache, logs = cache_root() / "benchmarks", Path(tempfile.mkdtemp(prefix="benchmarks-"))
     console.print(f"[dim]what the engines say is kept in {logs}[/dim]")
-    bench = Bench(ensure_demo_model(), cache, logs, args.eager, write_dictionaries(cache, scenarios))
+    bench = Bench(
+        ensure_demo_model(), cache, logs, args.eager, args.dtype or served_dtype(), write_dictionaries(cache, scenarios)
+    )
     began, now = time.monotonic(), datetime.now(UTC)
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "date": now.strftime("%Y-%m-%d %H:%M UTC"),
         "command": "python -m benchmarks " + shlex.join(sys.argv[1:] if argv is None else argv),
         "quick": args.quick,
-        "model": "SmolLM2-135M-Instruct, bfloat16" + (", eager" if args.eager else ""),
+        "model": f"SmolLM2-135M-Instruct, {bench.dtype}" + (", eager" if args.eager else ""),
         "machine": machine.describe(),
         "versions": machine.versions(),
         "settings": settings(),

@@ -25,14 +25,14 @@ BANK_ROWS = 1024
 """Less than the requests of one run hold together: rows of the one before are gone when they are wanted again."""
 
 
-def measure(model: Path, cache: Path, n_requests: int, log: Path) -> dict[str, dict[str, list[float]]]:
+def measure(model: Path, dtype: str, cache: Path, n_requests: int, log: Path) -> dict[str, dict[str, list[float]]]:
     """``{"plain" or "edited": {part: [µs of each request]}}``, in a process of its own.
 
     Raises:
         RuntimeError: the engine could not be started; the message has the end of its log.
     """
     environment = surroundings("editserver") | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-m", "benchmarks.admission", str(model), str(cache), str(n_requests)]
+    command = [sys.executable, "-m", "benchmarks.admission", str(model), dtype, str(cache), str(n_requests)]
     with log.open("wb") as out:
         done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=out, check=False)
     lines = [line for line in done.stdout.decode().splitlines() if line.startswith("{")]
@@ -43,7 +43,7 @@ def measure(model: Path, cache: Path, n_requests: int, log: Path) -> dict[str, d
     return result
 
 
-def _measure_here(model: str, cache: Path, n_requests: int) -> dict[str, dict[str, list[float]]]:
+def _measure_here(model: str, dtype: str, cache: Path, n_requests: int) -> dict[str, dict[str, list[float]]]:
     from vllm import LLM, SamplingParams
 
     from benchmarks.payloads import payload
@@ -58,6 +58,7 @@ def _measure_here(model: str, cache: Path, n_requests: int) -> dict[str, dict[st
     config = EngineConfig((10, 15, 20), tuple(sources.values()), bank_rows=BANK_ROWS)
     llm = LLM(
         model,
+        dtype=dtype,  # type: ignore[arg-type]
         enforce_eager=True,
         max_model_len=1024,
         gpu_memory_utilization=0.2,
@@ -113,4 +114,4 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure_here(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))), flush=True)
+    print(json.dumps(_measure_here(*sys.argv[1:3], Path(sys.argv[3]), int(sys.argv[4]))), flush=True)

@@ -40,6 +40,8 @@ class HttpSystem:
             NAME,
             "--max-model-len",
             "1024",
+            "--dtype",
+            bench.dtype,
         ]
         flags += ["--gpu-memory-utilization", "0.2", "--max-num-seqs", "256", "--disable-uvicorn-access-log"]
         flags += ["--enforce-eager"] if bench.eager else []

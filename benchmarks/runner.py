@@ -223,7 +223,7 @@ def _described(scenario: Scenario, found: _Found) -> dict[str, Any]:
 
 def _admission(scenario: Scenario, plan: Plan, bench: Bench, progress: Progress) -> dict[str, Any]:
     progress(f"{scenario.id}: an engine with its core in one process …")
-    took = measure(bench.model, bench.cache, scenario.n_requests, bench.logs / "admission.log")
+    took = measure(bench.model, bench.dtype, bench.cache, scenario.n_requests, bench.logs / "admission.log")
     entries = plan.entries(scenario)
     (entry,) = entries
     totals = {kind: [sum(parts) for parts in zip(*(took[kind][p] for p in PARTS), strict=True)] for kind in took}

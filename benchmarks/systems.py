@@ -43,12 +43,14 @@ class Bench:
         cache: keeps dictionaries from run to run: vLLM compiles once per configuration, and their paths are part of it.
         logs: where engines and servers write what they say.
         eager: without torch.compile.
+        dtype: what the model is computed in.
     """
 
     model: Path
     cache: Path
     logs: Path
     eager: bool
+    dtype: str
     sources: Mapping[str, SAESource] = field(default_factory=dict)
 
     @property
@@ -89,6 +91,7 @@ class EngineSystem:
         self._payloads: dict[tuple[str, Load], Batch] = {}
         config: dict[str, Any] = {
             "model": str(bench.model),
+            "dtype": bench.dtype,
             "gpu_memory_utilization": 0.2,
             "max_model_len": 1024,
             "max_num_seqs": 256,
