@@ -60,7 +60,7 @@ class Start:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(starts: Sequence[Start], folder: Path, timeout: float = 500, v2: bool = False) -> list[list[Any]]:
+def run(starts: Sequence[Start], folder: Path, timeout: float = 1500, v2: bool = False) -> list[list[Any]]:
     """Results of the steps of each start, one start after the other; raises with the end of the log where one fails.
 
     ``v2``: on the V2 model runner, whose kernels Triton's interpreter runs (begin with the step "running", or it takes long).

@@ -227,7 +227,8 @@ def test_the_answer_is_the_reference_executors(outcomes: dict[str, Outcome], cas
     assert isinstance(expected, Forward)
     assert len(answer.token_ids) == N_NEW
     logprobs = expected.logits.log_softmax(dim=-1)
-    assert logprobs.argmax(dim=-1).tolist() == answer.token_ids
+    chosen = logprobs[range(N_NEW), answer.token_ids]  # of two tokens that are equally likely, the last bit chooses
+    assert (logprobs.amax(dim=-1) - chosen).max() < 2 * LOGPROB_TOLERANCE
     for step, top in zip(logprobs, answer.top, strict=True):
         worst = max(abs(float(step[token]) - value) for token, value in top.items())
         assert worst < LOGPROB_TOLERANCE

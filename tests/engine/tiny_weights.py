@@ -56,6 +56,14 @@ FORMATS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 """Name → format of compressed-tensors, its weights, and its activations (quantised per token as they come, or not)."""
 
 
+def runs_here(name: str) -> bool:
+    """Whether vLLM's build for this CPU multiplies the format: the one for x86 without AVX-512 has no int4."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    return name != "int4" or hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
 def write_quantised(source: Path, folder: Path, name: str) -> Path:
     """The checkpoint in ``source`` with its linear layers in the format ``name``, bfloat16 otherwise."""
     form, weights, activations = FORMATS[name]
