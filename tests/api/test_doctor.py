@@ -79,7 +79,7 @@ def told(monkeypatch: pytest.MonkeyPatch, *arguments: str, code: int = 0) -> str
 
 def test_a_configuration_is_told_buffer_by_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--limit", "propositions=200", "--bank-rows", "2048", "--full-encode", "none")
-    text = told(monkeypatch, "demo", "--max-num-batched-tokens", "4096", *flags)
+    text = told(monkeypatch, "demo", "--dtype", "bfloat16", "--max-num-batched-tokens", "4096", *flags)
     rows = {cells[1].strip(): cells[3].strip() for line in text.splitlines() if len(cells := line.split("│")) > 3}
     assert rows["row bank"] == f"{2048 * (2 * 576 + 4) * 4 / 2**20:.2f} MiB"
     assert rows["stream of a step"] == f"{(4096 + 2) * 576 * 4 / 2**20:.2f} MiB"
