@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editserver.engine.layer_table import LayerTable, Listener, Use
-from editserver.engine.resident import Resident, ResidentSet
+from editserver.engine.resident import Resident, ResidentSet, _located
 from editserver.engine.rows import Dictionaries
 from interventions.program import STREAM, Gate, GateKind, LayerProgram, Payload, Program, Read, ReadKind, feature_key
 from interventions.selectors import ALL, GENERATED
@@ -186,3 +186,6 @@ def test_requests_that_edit_alike_share_their_tables_as_far_as_their_rows_lie_al
     for place, listed in residents.listed.items():
         rows = [alone[i].listed[place].rows for i in (0, 1, 0)]
         assert listed.rows.tolist() == np.concatenate(rows).tolist()
+    made = [_located(one, opened)[0] for one in (first, again, elsewhere)]
+    assert made[0] is made[1] is not made[2]
+    assert _located(elsewhere, Dictionaries(dictionaries()[0]))[0] is not made[2]

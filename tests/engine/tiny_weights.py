@@ -64,6 +64,19 @@ def runs_here(name: str) -> bool:
     return name != "int4" or hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
+def int8_saturates() -> bool:
+    """Whether vLLM's int8 product loses what it should not: without VNNI, oneDNN adds pairs of products in 16 bits."""
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    weights, scales = torch.full((32, 64), 127, dtype=torch.int8), torch.ones(32, 1)
+    product = ops.create_onednn_scaled_mm(weights.t(), scales, torch.bfloat16, True, False, 1)
+    x, scale, zero = ops.onednn_scaled_int8_quant(torch.full((4, 64), 127.0, dtype=torch.bfloat16))
+    out = ops.onednn_scaled_mm(product, x, torch.zeros(4, 32, dtype=torch.bfloat16), scale, zero, None, None)
+    return not torch.allclose(out.float(), torch.tensor(64 * 127.0**2), rtol=0.01)
+
+
 def write_quantised(source: Path, folder: Path, name: str) -> Path:
     """The checkpoint in ``source`` with its linear layers in the format ``name``, bfloat16 otherwise."""
     form, weights, activations = FORMATS[name]
