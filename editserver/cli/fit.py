@@ -75,7 +75,12 @@ def vector(
         typer.Option(help="Token that stands for a text; default: mean for texts, last for completions and chats."),
     ] = None,
     model: Annotated[str, typer.Option(help="Hugging Face id, folder, or demo.")] = "demo",
-    dtype: Annotated[DtypeName, typer.Option(help="Precision of the model.")] = DtypeName.bfloat16,
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(
+            help="Precision of the model; default: bfloat16, or float32 on a CPU that multiplies no bfloat16."
+        ),
+    ] = None,
     library: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Library folder; default: that of editserver serve.")
     ] = None,
@@ -119,7 +124,7 @@ def vector(
             method=method.value,
             pool=None if pool is None else pool.value,
             model=model,
-            dtype=dtype.value,
+            dtype=None if dtype is None else dtype.value,
             library=library,
             url=url,
             api_key=api_key,

@@ -25,6 +25,7 @@ from interventions.fitting.dose import DOSES, PROMPTS, DoseCurve, Trial, dose_cu
 from interventions.fitting.pairs import Examples, Passage, read_pairs, read_prompts, read_texts
 from interventions.fitting.pooling import Pool, Reader
 from interventions.fitting.vectors import HELD_OUT, LayerFit, Method, Split, best, fit_layer, split
+from sae_weights.precision import quick_dtype
 
 DEMO = "demo"
 DEMO_LAYERS = (10, 15, 20)
@@ -65,7 +66,7 @@ class Job:
         method: Method,
         pool: Pool | None,
         model: str,
-        dtype: str,
+        dtype: str | None,
         library: Path | None,
         url: str | None,
         api_key: str | None,
@@ -119,7 +120,7 @@ class Job:
             method=method,
             pool=pool or ("last" if examples.in_context else "mean"),
             model=model,
-            dtype=dtype,
+            dtype=dtype or str(quick_dtype()).removeprefix("torch."),
             store=Server(url, api_key) if url is not None else Folder(library or Settings().library),
             report=report,
             trial=trial if curve else None,

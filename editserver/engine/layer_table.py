@@ -6,8 +6,9 @@ A request's own part is made once, when it arrives; the table only moves such pa
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
     from editserver.engine.resident import Resident
 
 Array = npt.NDArray[Any]
-
-
-NOTHING = np.zeros(1, np.int32)
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,11 @@ class LayerPart:
     uses: list[Use]
     listeners: list[Listener]
     n_members: int
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, bool]:
+        """Width, columns of ``members``, and whether it uses dictionaries or listens."""
+        return self.width, self.n_members, bool(self.uses or self.listeners)
 
     @classmethod
     def of(cls, resident: Resident, lp: LayerProgram, dictionaries: Dictionaries) -> LayerPart:
@@ -210,25 +213,23 @@ class LayerTable:
         self._finished_empty = False
         self.finish()
 
-    def push(self, part: LayerPart | None) -> None:
-        """One more resident, behind the others; None: it has no program here."""
-        self._parts.append(part)
-        if part is None:
-            self._programs.push(NOTHING)
-            self._sizes.push(NOTHING)
+    def push(self, parts: Sequence[LayerPart | None]) -> None:
+        """Residents behind the others; None: without a program here."""
+        first = len(self._parts)
+        self._parts += parts
+        self._programs.push([np.cumsum([0 if part is None else len(part.channels) for part in parts], dtype=np.int32)])
+        self._sizes.push([np.array([(0, 0, False) if part is None else part.sizes for part in parts], np.int32)])
+        here = [part for part in parts if part is not None]
+        if not here:
             return
-        self._programs.push(np.array([len(part.channels)], np.int32))
-        special = bool(part.uses or part.listeners)
-        self._sizes.push(np.array([[part.width, part.n_members, special]], np.int32))
         width, n_members = self._most
-        self._most = max(width, part.width), max(n_members, part.n_members)
-        if special:
-            self._special.append(len(self._parts) - 1)
-        self._channels.push(part.channels)
-        self._channel_ops.push(part.op_ends)
-        self._op_ints.push(part.op_ints)
-        self._op_values.push(part.op_values)
-        self._op_masks.push(part.op_masks)
+        self._most = max(width, *(part.width for part in here)), max(n_members, *(part.n_members for part in here))
+        self._special += [i for i, part in enumerate(parts, first) if part is not None and part.sizes[2]]
+        self._channels.push([part.channels for part in here])
+        self._channel_ops.push([part.op_ends for part in here])
+        self._op_ints.push([part.op_ints for part in here])
+        self._op_values.push([part.op_values for part in here])
+        self._op_masks.push([part.op_masks for part in here])
 
     def keep(self, which: Array) -> None:
         """The residents of whom ``which`` (bool) is not true are gone."""

@@ -194,8 +194,7 @@ class ResidentSet:
             return
         if self._gone:
             self._drop([self._parts.get(one.resident.request_id) is one for one in self._placed])
-        for parts in itertools.islice(self._parts.values(), len(self._placed), None):
-            self._push(parts)
+        self._push(list(itertools.islice(self._parts.values(), len(self._placed), None)))
         self._finish()
         self._stale = self._gone = False
 
@@ -212,14 +211,16 @@ class ResidentSet:
         for table in tables:
             table.keep(which)
 
-    def _push(self, parts: _Parts) -> None:
-        self._placed.append(parts)
+    def _push(self, arrived: list[_Parts]) -> None:
+        if not arrived:
+            return
+        self._placed += arrived
         for layer, table in self._tables.items():
-            table.push(parts.layers.get(layer))
-        self.selectors.push(parts.selectors)
-        program = parts.resident.payload.program
-        self._dose.push(np.array([program.max_dose if program else np.inf], np.float32))
-        self._refuses.push(np.array([bool(program and program.refuse_over_dose)]))
+            table.push([parts.layers.get(layer) for parts in arrived])
+        self.selectors.push([parts.selectors for parts in arrived])
+        programs = [parts.resident.payload.program for parts in arrived]
+        self._dose.push([np.array([np.inf if p is None else p.max_dose for p in programs], np.float32)])
+        self._refuses.push([np.array([p is not None and p.refuse_over_dose for p in programs], np.bool_)])
 
     def _finish(self) -> None:
         # requests are in the order of the tables; of hundreds, nobody is looked at who has nothing to do here

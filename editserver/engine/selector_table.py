@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -60,14 +61,14 @@ class SelectorTable:
         self._intervals, self._ids, self._bos = Stack(np.int32, 2), Stack(np.int32), Stack(np.bool_)
         self.finish()
 
-    def push(self, part: SelectorPart) -> None:
-        """One more resident, behind the others."""
-        self._requests.push(np.array([part.n], np.int32))
-        self._interval_ptr.push(part.interval_ends)
-        self._intervals.push(part.intervals)
-        self._id_ptr.push(part.id_ends)
-        self._ids.push(part.ids)
-        self._bos.push(part.bos)
+    def push(self, parts: Sequence[SelectorPart]) -> None:
+        """Residents behind the others."""
+        self._requests.push([np.cumsum([part.n for part in parts], dtype=np.int32)])
+        self._interval_ptr.push([part.interval_ends for part in parts])
+        self._intervals.push([part.intervals for part in parts])
+        self._id_ptr.push([part.id_ends for part in parts])
+        self._ids.push([part.ids for part in parts])
+        self._bos.push([part.bos for part in parts])
 
     def keep(self, which: Array) -> None:
         """The residents of whom ``which`` (bool) is not true are gone."""

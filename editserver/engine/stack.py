@@ -6,6 +6,7 @@ costs a copy of its own rows, and who leaves one of the rows behind it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,14 +37,19 @@ class Stack:
         """All of them, ``[n, *shape]``: a view, good until the next change."""
         return self._room[: self._n]
 
-    def push(self, rows: Array) -> None:
-        """Put ``rows`` behind the others."""
-        n = self._n + len(rows)
+    def push(self, blocks: Sequence[Array]) -> None:
+        """Put blocks of rows behind the others, in their order."""
+        n = self._n + sum(map(len, blocks))
+        if n == self._n:
+            return
         if n > len(self._room):
             room = np.zeros((2 * n, *self._room.shape[1:]), self._room.dtype)
             room[: self._n] = self.rows
             self._make_room(room)
-        self._room[self._n : n] = rows
+        if len(blocks) == 1:
+            self._room[self._n : n] = blocks[0]
+        else:
+            np.concatenate(blocks, out=self._room[self._n : n])
         self._n = n
 
     def clear(self) -> None:
@@ -67,9 +73,15 @@ class Pointers(Stack):
         super().__init__(np.int32)
         self._n = 1  # the 0 that is there from the start and never changes
 
-    def push(self, ends: Array) -> None:
-        """Owners behind the others, ``ends`` counted from where the first of their blocks begins."""
-        super().push(ends + self._room[self._n - 1])
+    def push(self, blocks: Sequence[Array]) -> None:
+        """Owners behind the others; of each block, ends counted from where its first owner begins."""
+        n = self._n
+        start = self._room[n - 1]
+        super().push(blocks)
+        if len(blocks) > 1:
+            lasts = np.array([ends[-1] if len(ends) else 0 for ends in blocks], np.int32)
+            start = np.repeat(start + np.cumsum(lasts, dtype=np.int32) - lasts, [len(ends) for ends in blocks])
+        self._room[n : self._n] += start
 
     def clear(self) -> None:
         """Take all owners out."""

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from editserver import __version__
 from editserver.cli.main import app
 from editserver.library import MAX_NOTES_BYTES, Vector, VectorLibrary
+from sae_weights.precision import quick_dtype
 
 PAIRS = Path(__file__).parents[2] / "examples" / "pairs" / "formal.jsonl"
 runner = CliRunner()
@@ -54,6 +55,7 @@ def test_the_vector_is_in_the_library_with_its_provenance(fitted):
     meta = vector.meta
     assert meta["model"]["name"] == "smollm2-135m-instruct"
     assert len(meta["model"]["config_sha256"]) == 64
+    assert meta["model"]["dtype"] == str(quick_dtype()).removeprefix("torch.")
     assert meta["examples"]["positive"] == meta["examples"]["negative"] == 48
     assert meta["examples"]["source"] == "formal.jsonl"
     assert len(meta["examples"]["sha256"]) == 64

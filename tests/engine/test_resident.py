@@ -120,9 +120,9 @@ def test_tables_are_those_of_the_requests_that_are_there(history: list[tuple[str
             residents.refresh()
     residents.refresh()
     anew = ResidentSet(opened, (LAYER, OTHER))
-    for one in here.values():
+    for one in here.values():  # one by one
         anew.add(copied(one))
-    anew.refresh()
+        anew.refresh()
     if here:
         assert state(residents) == state(anew)
     # and that is what the programs say
