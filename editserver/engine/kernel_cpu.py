@@ -13,9 +13,9 @@ comes as a whole.
 
 A token's result depends on nothing but its own h and its own program: batch composition, chunking and neighbours cannot
 change a bit, and prefill and decode run the same instructions in the same order, so a threshold never flips between
-them. One thread on purpose: the work is a few per mille of the model's own, and a second thread pool would fight with
-vLLM's pinned OpenMP threads. One file, too: what numba keeps on disk of a function is renewed when its own file changes,
-not when one that it calls from does.
+them. Nothing here starts a thread, as a second pool would fight with vLLM's pinned OpenMP threads: the op in C++ has PyTorch's
+own ones edit a share of the tokens each, where there is enough to do. One file: what numba keeps on disk of a function is renewed
+when its own file changes, not when one that it calls from does.
 """
 
 from __future__ import annotations
@@ -818,6 +818,18 @@ class Arguments(NamedTuple):
 
 A = Arguments(*range(len(Arguments._fields)))
 N_ARGUMENTS = len(A)
+BY_TOKEN = {
+    A.places: 8,
+    A.token_program: 4,
+    A.token_selected: 8,
+    A.token_open: 8,
+    A.fired: 8,
+    A.dose: 4,
+    A.flags: 1,
+    A.written: 1,
+}
+"""Bytes of a token in the arrays by token: all that differs for a caller who has some of the tokens edited by somebody else, but
+for ``n``, ``tokens`` and what is scratch."""
 N_CHANNEL_COLUMNS, N_OP_COLUMNS = len(CHANNEL_COLUMNS), len(OP_COLUMNS)
 N_OP_VALUES, N_OP_MASKS = len(OP_VALUES), len(OP_MASKS)
 

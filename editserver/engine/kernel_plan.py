@@ -110,7 +110,7 @@ def tell_tokens(
             place += 1
 
 
-JOB_COLUMNS = DUE, RAN, ROWS, WIDTH, TYPE, AT = range(6)
+JOB_COLUMNS = DUE, RAN, ROWS, WIDTH, TYPE, AT, SHARE = range(7)
 """Of a layer's job, as ``Job`` in the C++ op's source has them."""
 NOTHING, EDIT, ASK = range(3)
 """What is due: pass by; call the kernel with the arguments; ask Python."""

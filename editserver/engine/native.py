@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import shlex
@@ -27,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from editserver.engine.kernel_cpu import A, edit_block
-from editserver.engine.kernel_plan import ASK, AT, DUE, JOB_COLUMNS, NOTHING, RAN, ROWS, TYPE, WIDTH
+from editserver.engine.kernel_cpu import BY_TOKEN, A, edit_block
+from editserver.engine.kernel_plan import ASK, AT, DUE, JOB_COLUMNS, NOTHING, RAN, ROWS, SHARE, TYPE, WIDTH
 from sae_weights.cache import cache_root
 
 logger = logging.getLogger("vllm.editserver")
@@ -38,6 +39,9 @@ SETTING = "EDITSERVER_NATIVE_OP"
 
 TYPES = {torch.float32: 6, torch.bfloat16: 15}
 """c10/core/ScalarType.h."""
+
+THREAD_FLOATS = 1 << 15
+"""As many numbers of rows are worth waking a thread for: some 20 µs of reading them."""
 
 Array = npt.NDArray[Any]
 
@@ -87,6 +91,8 @@ class Jobs:
         for layer, given in arguments.items():
             row = self._arguments[self._place[layer]]
             row[list(given)] = list(given.values())
+            a_token = row[A.d] * row[A.channels] / max(row[A.residents], 1)
+            self.table[layer, SHARE] = max(1, math.ceil(THREAD_FLOATS / max(a_token, 1)))
 
     def begin(self, tokens: int, rows: int) -> None:
         """A step of ``tokens`` planned tokens, the last of them in row ``rows`` - 1 of the batch."""
@@ -113,6 +119,9 @@ def address(array: Array) -> int:
     return where
 
 
+_LAYOUT = np.array([len(A), A.n, A.tokens, A.scratch, A.delta, *(BY_TOKEN.get(i, 0) for i in A)], np.int64)
+"""``Layout`` in the C++ op's source."""
+
 _library: ctypes.CDLL | None = None
 """The C++ op's, once it is loaded."""
 
@@ -122,9 +131,9 @@ def serve(jobs: Jobs | None) -> None:
     if _library is None:
         return
     if jobs is None:
-        _library.editserver_jobs(0, 0, 0)
+        _library.editserver_jobs(0, 0, 0, 0)
     else:
-        _library.editserver_jobs(address(jobs.table), len(jobs.table), edit_block())
+        _library.editserver_jobs(address(jobs.table), len(jobs.table), edit_block(), address(_LAYOUT))
 
 
 @contextmanager
@@ -165,7 +174,7 @@ def load() -> bool:
         )
         return False
     _library = library
-    _library.editserver_jobs.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    _library.editserver_jobs.argtypes = [ctypes.c_int64] * 4
     _library.editserver_jobs.restype = None
     return True
 
@@ -181,21 +190,25 @@ def _built() -> str:
         return str(built)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # ranks may build at once: the last one's stays
-        made = Path(scratch, built.name)
-        command = [
-            *shlex.split(cpp_extension.get_cxx_compiler()),
-            *(
-                "-O2",
-                "-std=c++20",
-                "-fPIC",
-                "-shared",
+        compiler = shlex.split(cpp_extension.get_cxx_compiler())
+        compiled, made = Path(scratch, "op.o"), Path(scratch, built.name)
+        commands = (
+            [
+                *(*compiler, "-c", "-O2", "-std=c++20", "-fPIC", "-fopenmp"),
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            ),
-            *(f"-I{path}" for path in cpp_extension.include_paths()),
-            *(f"-L{path}" for path in cpp_extension.library_paths()),
-            *(str(SOURCE), "-lc10", "-ltorch_cpu", "-o", str(made)),
-        ]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+                *(f"-I{path}" for path in cpp_extension.include_paths()),
+                *(str(SOURCE), "-o", str(compiled)),
+            ],
+            # Without -fopenmp: OpenMP's threads are those of the runtime that PyTorch brought into the process, whose name differs
+            # from build to build. A second one would have threads of its own.
+            [
+                *(*compiler, "-shared", str(compiled)),
+                *(f"-L{path}" for path in cpp_extension.library_paths()),
+                *("-lc10", "-ltorch_cpu", "-o", str(made)),
+            ],
+        )
+        for command in commands:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         made.replace(built)
     return str(built)
 

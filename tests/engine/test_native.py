@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from editserver.engine import native
 from editserver.engine.compat import parallel
+from editserver.engine.kernel_cpu import A
+from editserver.engine.kernel_plan import EDIT, RAN, SHARE
 from editserver.engine.worker import EngineWorker
 from interventions.program import Payload, Read
 from interventions.selectors import ALL
@@ -77,6 +79,45 @@ def test_a_mixed_batch_was_edited_without_python() -> None:
         done = step.run(worker)
         n += not worker.asked and not torch.equal(done.stream, step.stream)
     assert n > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_which_thread_edits_a_token_changes_no_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    threads, several = torch.get_num_threads(), 0
+    engine = served(dtype)
+    for seed in range(400):
+        step = random_step(seed, dtype, seed % 3 > 0, 1 + seed % 6, plain=0.2)
+        if not simple(step):
+            continue
+        alone = step.run(ThroughTheOp(engine))
+        with monkeypatch.context() as patched:
+            patched.setattr(native, "THREAD_FLOATS", 1)
+            torch.set_num_threads(3)
+            try:
+                together = step.run(ThroughTheOp(engine))
+            finally:
+                torch.set_num_threads(threads)
+        assert torch.equal(together.hidden.view(torch.uint8), alone.hidden.view(torch.uint8))
+        assert torch.equal(together.stream.view(torch.uint8), alone.stream.view(torch.uint8))
+        assert together.records == alone.records
+        assert engine.jobs is not None
+        several += engine.jobs.table[LAYER, RAN] == 3 and not torch.equal(alone.stream, step.stream)
+    assert several > 5
+
+
+def test_a_thread_is_woken_for_work_that_is_worth_it() -> None:
+    """Of 16 requests of 8 rows of 576 numbers each, two threads have their share; of one row each, none is woken."""
+    jobs = native.Jobs((LAYER,), 576, torch.bfloat16)
+    jobs.always(LAYER, {A.d: 576})
+    for n_rows, shares in ((1, 1), (8, 2), (32, 8)):
+        jobs.know({LAYER: EDIT}, {LAYER: {A.residents: 16, A.channels: 16 * n_rows}})
+        assert -(-16 // int(jobs.table[LAYER, SHARE])) == shares
+
+
+def simple(step: Step) -> bool:
+    """Whether its programs need nothing but their own rows."""
+    programs = [part.payload.program for part in step.parts if part.payload is not None]
+    return {channel.read for program in programs if program for channel in program.layers[0].channels} <= set(SIMPLE)
 
 
 def planned(worker: EngineWorker, reads: tuple[Read, ...] = ()) -> Step:
