@@ -31,7 +31,11 @@ RELEASES = "editserver.releases"
 _EXTRA_ARGS = ("vllm_xargs", "extra_args")
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 # A key may be spelt with \u escapes, and JSON may be UTF-16 or UTF-32 (then ASCII letters stand beside NUL bytes).
-_WORDS = (*(name.encode() for name in FIELDS), KEY.encode(), b"\\u", b"\0")
+_DISGUISES = (b"\\u", b"\0")
+_WORDS = (*(name.encode() for name in FIELDS), KEY.encode(), *_DISGUISES)
+_ENGINE_WORDS = (*(name.encode() for name in _EXTRA_ARGS), *_DISGUISES)
+_MANY_BRACKETS = 500
+"""As few can be no deeper than a parser goes."""
 
 
 def is_present(value: Any) -> bool:
@@ -88,6 +92,9 @@ class BodyGuard:
                     if pattern.format(name).encode() in body:
                         raise _unsupported(path, name, self.edits())
                 return
+        shallow = body.count(b"[") + body.count(b"{") < _MANY_BRACKETS
+        if edited and shallow and not any(word in body for word in _ENGINE_WORDS):
+            return  # our fields may be there, and nothing else can be
         try:
             parsed = json.loads(body)
         except RecursionError:

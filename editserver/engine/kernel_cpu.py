@@ -604,18 +604,25 @@ def edit_tokens(
                         mean,
                         terms,
                     )
-            x, changed = _compose(
-                a,
-                bits,
-                opened,
-                channel_ops[c],
-                channel_ops[c + 1],
-                op_ints,
-                op_values,
-                op_masks,
-                bank_read,
-                terms,
-            )
+            o = channel_ops[c]
+            if channel_ops[c + 1] - o == 1 and op_ints[o, KIND] == AFFINE:  # as _compose, without its arguments
+                if op_ints[o, ACTIVE] and a == 0:
+                    continue
+                x = min(max(op_values[o, ALPHA] * a + op_values[o, BETA], op_values[o, LOW]), op_values[o, HIGH])
+                changed = np.uint64(1) << np.uint64(op_ints[o, INTERVENTION])
+            else:
+                x, changed = _compose(
+                    a,
+                    bits,
+                    opened,
+                    o,
+                    channel_ops[c + 1],
+                    op_ints,
+                    op_values,
+                    op_masks,
+                    bank_read,
+                    terms,
+                )
             coefficient = scale * (x - a)
             if coefficient == 0:
                 continue

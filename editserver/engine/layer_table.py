@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+NO_CHANNELS, NO_SIZES = np.zeros(1, np.int32), np.zeros((1, 3), np.int32)
+"""Of a request without a program at a layer."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -124,9 +127,19 @@ class LayerPart:
     n_members: int
 
     @cached_property
-    def sizes(self) -> tuple[int, int, bool]:
-        """Width, columns of ``members``, and whether it uses dictionaries or listens."""
-        return self.width, self.n_members, bool(self.uses or self.listeners)
+    def special(self) -> bool:
+        """Whether it uses dictionaries or listens."""
+        return bool(self.uses or self.listeners)
+
+    @cached_property
+    def n_channels(self) -> Array:
+        """How many, int32 ``[1]``."""
+        return np.array([len(self.channels)], np.int32)
+
+    @cached_property
+    def sizes(self) -> Array:
+        """Width, columns of ``members``, and whether it is special, int32 ``[1, 3]``."""
+        return np.array([[self.width, self.n_members, self.special]], np.int32)
 
     @classmethod
     def of(cls, resident: Resident, lp: LayerProgram, dictionaries: Dictionaries) -> LayerPart:
@@ -217,14 +230,14 @@ class LayerTable:
         """Residents behind the others; None: without a program here."""
         first = len(self._parts)
         self._parts += parts
-        self._programs.push([np.cumsum([0 if part is None else len(part.channels) for part in parts], dtype=np.int32)])
-        self._sizes.push([np.array([(0, 0, False) if part is None else part.sizes for part in parts], np.int32)])
+        self._programs.push([NO_CHANNELS if part is None else part.n_channels for part in parts])
+        self._sizes.push([NO_SIZES if part is None else part.sizes for part in parts])
         here = [part for part in parts if part is not None]
         if not here:
             return
         width, n_members = self._most
         self._most = max(width, *(part.width for part in here)), max(n_members, *(part.n_members for part in here))
-        self._special += [i for i, part in enumerate(parts, first) if part is not None and part.sizes[2]]
+        self._special += [i for i, part in enumerate(parts, first) if part is not None and part.special]
         self._channels.push([part.channels for part in here])
         self._channel_ops.push([part.op_ends for part in here])
         self._op_ints.push([part.op_ints for part in here])

@@ -233,7 +233,14 @@ class ResidentSet:
         if self._ruled or len(self.rules.prompt_len):
             residents = list(self.requests.values()) if self._ruled else []
             self.rules = ResidentRules.build(residents, self.armed, self.dictionaries)
-        self.reads = {layer: [] for layer in self.armed}
+        self.reads, self.listed = {layer: [] for layer in self.armed}, {}
+        if self._readers:
+            self._list_reads()
+        self.due = frozenset(layer for layer in self.armed if self.layers[layer] or self.rules.tables[layer])
+        self.remembers = bool(self._ruled) or any(table.listeners for table in self._tables.values())
+        self.version += 1
+
+    def _list_reads(self) -> None:
         readers = [(self.index[name], self._parts[name]) for name in self.requests if name in self._readers]
         for i, parts in readers:
             for number, read in enumerate(parts.resident.payload.reads):
@@ -241,9 +248,6 @@ class ResidentSet:
         places = {place for _, parts in readers for place in parts.reads}
         found = {place: ReadTable.of([parts.reads.get(place) for parts in self._placed]) for place in places}
         self.listed = {place: table for place, table in found.items() if table is not None}
-        self.due = frozenset(layer for layer in self.armed if self.layers[layer] or self.rules.tables[layer])
-        self.remembers = bool(self._ruled) or any(table.listeners for table in self._tables.values())
-        self.version += 1
 
     @property
     def dose_addresses(self) -> tuple[int, int]:

@@ -18,9 +18,12 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class SelectorPart:
-    """One request's selectors, resolved for its own prompt length; the attributes of :class:`SelectorTable`."""
+    """One request's selectors, resolved for its own prompt length; the attributes of :class:`SelectorTable`.
 
-    n: int
+    ``n`` is how many they are, int32 ``[1]``.
+    """
+
+    n: Array
     interval_ends: Array
     intervals: Array
     id_ends: Array
@@ -37,7 +40,7 @@ class SelectorPart:
 def _resolved(selectors: tuple[Selector, ...], prompt_len: int) -> SelectorPart:
     intervals = [s.intervals(prompt_len) for s in selectors]
     return SelectorPart(
-        len(selectors),
+        np.array([len(selectors)], np.int32),
         np.cumsum([len(i) for i in intervals], dtype=np.int32),
         np.array([pair for i in intervals for pair in i], np.int32).reshape(-1, 2),
         np.cumsum([len(s.token_ids) for s in selectors], dtype=np.int32),
@@ -63,7 +66,7 @@ class SelectorTable:
 
     def push(self, parts: Sequence[SelectorPart]) -> None:
         """Residents behind the others."""
-        self._requests.push([np.cumsum([part.n for part in parts], dtype=np.int32)])
+        self._requests.push([part.n for part in parts])
         self._interval_ptr.push([part.interval_ends for part in parts])
         self._intervals.push([part.intervals for part in parts])
         self._id_ptr.push([part.id_ends for part in parts])

@@ -39,16 +39,15 @@ class Stack:
 
     def push(self, blocks: Sequence[Array]) -> None:
         """Put blocks of rows behind the others, in their order."""
-        n = self._n + sum(map(len, blocks))
-        if n == self._n:
-            return
+        alone = len(blocks) == 1  # mostly: who arrives, arrives alone
+        n = self._n + (len(blocks[0]) if alone else sum(map(len, blocks)))
         if n > len(self._room):
             room = np.zeros((2 * n, *self._room.shape[1:]), self._room.dtype)
             room[: self._n] = self.rows
             self._make_room(room)
-        if len(blocks) == 1:
+        if alone:
             self._room[self._n : n] = blocks[0]
-        else:
+        elif n > self._n:
             np.concatenate(blocks, out=self._room[self._n : n])
         self._n = n
 
@@ -77,11 +76,13 @@ class Pointers(Stack):
         """Owners behind the others; of each block, ends counted from where its first owner begins."""
         n = self._n
         start = self._room[n - 1]
+        if len(blocks) == 1:
+            super().push((blocks[0] + start,))
+            return
         super().push(blocks)
-        if len(blocks) > 1:
-            lasts = np.array([ends[-1] if len(ends) else 0 for ends in blocks], np.int32)
-            start = np.repeat(start + np.cumsum(lasts, dtype=np.int32) - lasts, [len(ends) for ends in blocks])
-        self._room[n : self._n] += start
+        lasts = np.array([ends[-1] if len(ends) else 0 for ends in blocks], np.int32)
+        starts = start + np.cumsum(lasts, dtype=np.int32) - lasts
+        self._room[n : self._n] += np.repeat(starts, [len(ends) for ends in blocks])
 
     def clear(self) -> None:
         """Take all owners out."""

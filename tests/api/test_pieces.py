@@ -61,6 +61,27 @@ async def test_absent_values_of_our_fields_pass_everywhere() -> None:
     assert (await send(b'{"interventions": [], "inspect": null}')).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/other", "/v1/completions"])
+@pytest.mark.parametrize("beside", ["", '"interventions": [1], '])
+@pytest.mark.parametrize("place", ["vllm_xargs", "extra_args", "vllm\\u005fxargs", "\\u0065xtra_args"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32-le"])
+async def test_our_key_among_the_engines_arguments_is_refused_everywhere(
+    path: str, beside: str, place: str, encoding: str
+) -> None:
+    beside = "" if path == "/other" else beside
+    for key in ("editserver", "editserver_slots", "\\u0065ditserver"):
+        text = f'{{{beside}"a": [{{"{place}": {{"{key}": "x"}}}}]}}'
+        answer = await send(text.encode(encoding), path)
+        assert answer.status_code == 400, text
+        assert answer.json()["error"]["message"].endswith("ask for edits in the field interventions"), text
+
+
+async def test_what_is_nested_too_deeply_is_refused_on_the_edited_routes_too() -> None:
+    body = b'{"interventions": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    answer = await send(body, "/v1/completions", limit=len(body))
+    assert answer.json()["error"]["message"] == "the body is nested too deeply"
+
+
 async def test_form_fields_and_lists_of_bodies_are_seen() -> None:
     form = {"content-type": "application/x-www-form-urlencoded"}
     assert (await send(b"interventions=1", **form)).status_code == 400
