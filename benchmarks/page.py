@@ -1,7 +1,7 @@
 """docs/benchmarks.md and its plots, made from a committed record: ``python -m benchmarks.page``.
 
 examples:
-  python -m benchmarks.page                        from the newest record in benchmarks/results/
+  python -m benchmarks.page                        from the newest bfloat16 record in benchmarks/results/
   python -m benchmarks.page RECORD.json --out DIR  of another record, somewhere else
   python benchmarks/page.py --readme               only print the README's table
   python -m benchmarks.page --check                fails where the page is not what the record gives
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 if __name__ == "__main__":
@@ -29,13 +30,13 @@ PAGE = "benchmarks.md"
 RATIOS, PEERS = "images/bench-ratios.svg", "images/bench-peers.svg"
 
 
-def page(record: Record, source: str, earlier: Sequence[str] = ()) -> str:
+def page(record: Record, source: str, others: Mapping[str, Record] = MappingProxyType({})) -> str:
     """The page in markdown.
 
     Args:
         record: what was measured.
         source: the record's file name.
-        earlier: file names of other committed records.
+        others: other committed records by their file names, in the order of :func:`~benchmarks.results.committed`.
     """
     found = rows(record)
     parts = [
@@ -47,9 +48,11 @@ def page(record: Record, source: str, earlier: Sequence[str] = ()) -> str:
     ]
     if any(row.system == LENS for row in found):
         parts.append(_peers(found))
+    if elsewhere := _elsewhere(record, others):
+        parts.append(elsewhere)
     parts.append(_AGAIN)
-    if earlier:
-        links = ", ".join(f"[{name}](../benchmarks/results/{name})" for name in earlier)
+    if others:
+        links = ", ".join(f"[{name}](../benchmarks/results/{name})" for name in others)
         parts.append(f"Other records: {links}.")
     return "\n\n".join(parts) + "\n"
 
@@ -219,6 +222,33 @@ def _peers(found: Sequence[Row]) -> str:
     )
 
 
+def _elsewhere(record: Record, others: Mapping[str, Record]) -> str:
+    """What has a goal, on each machine that was measured on the same ground: the newest record of each."""
+    found = {_machine(record): record}
+    for other in others.values():
+        timed = [one for one in other["scenarios"] if one["quantity"] != "milliseconds"]
+        if all(one.get("room") for one in timed) and not other["quick"]:
+            found.setdefault(_machine(other), other)
+    if len(found) == 1:
+        return ""
+    cells: dict[tuple[str, str, str], list[str]] = {}
+    for place, one in enumerate(found.values()):
+        for row in rows(one):
+            if row.goal is not None:
+                cells.setdefault((row.short, title(row), goal(row)), [""] * len(found))[place] = (
+                    ratio(row) if row.met else f"**{ratio(row)}**"
+                )
+    heads = [f"{name}, {one['date'].split()[0]}" for name, one in found.items()]
+    lines = [f"| | goal | {' | '.join(heads)} |", "| --- | --- |" + " --- |" * len(heads)]
+    lines += [f"| {short}, {what} | {aim} | {' | '.join(told)} |" for (short, what, aim), told in cells.items()]
+    return "## On each machine\n\nBold: missed.\n\n" + "\n".join(lines)
+
+
+def _machine(record: Record) -> str:
+    precision = record["model"].rpartition(", ")[2]
+    return f"{record['machine']['cpu']}, {record['machine']['cores']} cores, {precision}"
+
+
 def readme(record: Record) -> str:
     """The README's table: what has a goal, and what a peer did beside us, without the absolute figures."""
     found = rows(record)
@@ -269,7 +299,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python -m benchmarks.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "record", nargs="?", type=Path, help="a JSON file of `make bench`; default: the newest committed one"
+        "record",
+        nargs="?",
+        type=Path,
+        help="a JSON file of `make bench`; default: the newest committed one in bfloat16",
     )
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the page (default docs/)")
     parser.add_argument("--readme", action="store_true", help="print the README's table and write nothing")
@@ -285,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.readme:
         print(readme(record))
         return
-    text = page(record, path.name, [one.name for one in there if one.name != path.name])
+    text = page(record, path.name, {one.name: read(one) for one in there if one.name != path.name})
     if args.check:
         if stale := check(path, text, args.out):
             sys.exit("\n".join(stale) + "\nrun: python -m benchmarks.page")

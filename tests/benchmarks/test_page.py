@@ -177,6 +177,37 @@ def test_scenarios_that_are_measured_again_take_the_place_of_what_was_there():
         merged(record, other)
 
 
+def test_goals_are_shown_for_each_machine_that_was_measured_on_the_same_ground():
+    def on(cpu: str, date: str, seconds: float, room: bool = True) -> dict[str, Any]:
+        record = _record(seconds) | {"date": f"{date} 00:00 UTC", "model": "a model, float32"}
+        record["machine"] = record["machine"] | {"cpu": cpu}
+        for one in record["scenarios"]:
+            one["room"] = room
+        return record
+
+    others = {
+        "b2.json": on("B", "2030-01-01", 1.0),
+        "b1.json": on("B", "2029-01-01", 1.1),
+        "c.json": on("C", "2030-01-01", 1.0, room=False),
+    }
+    text = pages.page(_record(1.25), "r.json", others)
+    assert "| | goal | A CPU, 2 cores, a model, 2030-01-02 | B, 2 cores, float32, 2030-01-01 |" in text
+    assert "| 16, title of 8 | ≥ 0.97 | **0.800** | 1.000 |" in text
+    assert "| 64 rows, title of 8 | < 1 ms | 0.70 ms | 0.70 ms |" in text
+    assert "C, 2 cores" not in text
+    assert "On each machine" not in pages.page(_record(), "r.json", {"c.json": others["c.json"]})
+
+
+def test_a_page_is_made_of_the_newest_record_in_the_models_own_precision(tmp_path: Path):
+    for name, date, precision in (
+        ("a", "2030-01-01", "bfloat16"),
+        ("b", "2030-01-02", "bfloat16"),
+        ("c", "2031", "float32"),
+    ):
+        _write(_record() | {"date": date, "model": f"m, {precision}"}, tmp_path / f"{name}.json")
+    assert [path.stem for path in committed(tmp_path)] == ["b", "a", "c"]
+
+
 def test_another_kind_of_file_is_refused_by_name(tmp_path: Path):
     tmp_path.joinpath("r.json").write_text('{"schema": 0}')
     with pytest.raises(ValueError, match=r"r\.json is no record"):
