@@ -1,7 +1,7 @@
 """docs/benchmarks.md and its plots, made from a committed record: ``python -m benchmarks.page``.
 
 examples:
-  python -m benchmarks.page                        from the newest bfloat16 record in benchmarks/results/
+  python -m benchmarks.page                        from the newest record in benchmarks/results/
   python -m benchmarks.page RECORD.json --out DIR  of another record, somewhere else
   python benchmarks/page.py --readme               only print the README's table
   python -m benchmarks.page --check                fails where the page is not what the record gives
@@ -227,7 +227,7 @@ def _elsewhere(record: Record, others: Mapping[str, Record]) -> str:
     found = {_machine(record): record}
     for other in others.values():
         timed = [one for one in other["scenarios"] if one["quantity"] != "milliseconds"]
-        if all(one.get("room") for one in timed) and not other["quick"]:
+        if all(one.get("room") for one in timed) and not other.get("quick"):
             found.setdefault(_machine(other), other)
     if len(found) == 1:
         return ""
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "record",
         nargs="?",
         type=Path,
-        help="a JSON file of `make bench`; default: the newest committed one in bfloat16",
+        help="a JSON file of `make bench`; default: the newest committed one",
     )
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the page (default docs/)")
     parser.add_argument("--readme", action="store_true", help="print the README's table and write nothing")

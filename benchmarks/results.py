@@ -121,17 +121,8 @@ def merged(record: Record, other: Record) -> dict[str, Any]:
 
 
 def committed(folder: Path = FOLDER) -> list[Path]:
-    """The records in ``folder``, first the one that a page is made of: the newest in the model's own precision, then the others.
-
-    A CPU that multiplies no bfloat16 computes in float32: next to products that take so much longer, edits cost less than
-    elsewhere.
-    """
-
-    def rank(path: Path) -> tuple[bool, str, str]:
-        record = read(path)
-        return "float32" not in record["model"], record["date"], path.name
-
-    return sorted(folder.glob("*.json"), key=rank, reverse=True)
+    """The records in ``folder``, the newest first."""
+    return sorted(folder.glob("*.json"), key=lambda path: (read(path)["date"], path.name), reverse=True)
 
 
 def rows(record: Record) -> list[Row]:

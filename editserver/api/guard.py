@@ -2,7 +2,8 @@
 
 vLLM's request models ignore unknown fields, so ``interventions`` on a route that does not know them would silently run
 unedited; and ``vllm_xargs`` (or ``extra_args``) with our key would reach the engine past every check. Both are refused
-here, for every route of the app, present and future. Plain traffic is not parsed: a body without our words in it passes.
+here, for every route of the app, present and future. Plain traffic is not parsed: a body without our words in it passes, and so
+does one with our fields, on a route that carries them out, in which no engine arguments can be.
 """
 
 from __future__ import annotations

@@ -198,16 +198,6 @@ def test_goals_are_shown_for_each_machine_that_was_measured_on_the_same_ground()
     assert "On each machine" not in pages.page(_record(), "r.json", {"c.json": others["c.json"]})
 
 
-def test_a_page_is_made_of_the_newest_record_in_the_models_own_precision(tmp_path: Path):
-    for name, date, precision in (
-        ("a", "2030-01-01", "bfloat16"),
-        ("b", "2030-01-02", "bfloat16"),
-        ("c", "2031", "float32"),
-    ):
-        _write(_record() | {"date": date, "model": f"m, {precision}"}, tmp_path / f"{name}.json")
-    assert [path.stem for path in committed(tmp_path)] == ["b", "a", "c"]
-
-
 def test_another_kind_of_file_is_refused_by_name(tmp_path: Path):
     tmp_path.joinpath("r.json").write_text('{"schema": 0}')
     with pytest.raises(ValueError, match=r"r\.json is no record"):
