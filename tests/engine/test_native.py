@@ -105,6 +105,14 @@ def test_which_thread_edits_a_token_changes_no_bit(monkeypatch: pytest.MonkeyPat
     assert several > 5
 
 
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="this PyTorch has no OpenMP, nor has the op then")
+def test_the_op_has_no_openmp_of_its_own() -> None:
+    """Its threads are those of the runtime that PyTorch loaded: a second one would have others, beside vLLM's pinned ones."""
+    built = Path(native._built()).read_bytes()
+    assert b"GOMP_parallel" in built or b"__kmpc_fork_call" in built
+    assert not any(name in built for name in (b"libgomp", b"libomp", b"libiomp"))
+
+
 def test_a_thread_is_woken_for_work_that_is_worth_it() -> None:
     """Of 16 requests of 8 rows of 576 numbers each, two threads have their share; of one row each, none is woken."""
     jobs = native.Jobs((LAYER,), 576, torch.bfloat16)
