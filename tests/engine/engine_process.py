@@ -22,17 +22,23 @@ if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":  # workers, too, import th
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCK = 32
+PREEMPTIONS = "preemptions"
+"""The step that says how often a request was preempted so far."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: a compiled payload's bytes, and the folder of a LoRA adapter."""
+    """One request: a compiled payload's bytes, and the folder of a LoRA adapter.
+
+    ``leaves_after``: its client leaves when it has so many tokens.
+    """
 
     prompt: Sequence[int]
     payload: bytes | None = None
     max_tokens: int = 4
     salt: str | None = None
     adapter: str | None = None
+    leaves_after: int | None = None
 
 
 @dataclass
@@ -44,14 +50,16 @@ class Answered:
     cached: int
     journal: Any
     """The request's ``Journal``, or None."""
+    error: tuple[str, str] | None = None
+    """Code and message of what ended the request."""
 
 
 @dataclass(frozen=True)
 class Start:
     """One engine and what happens to it.
 
-    ``steps`` are lists of requests (one batch; the answers are their result) and names of methods of every worker (each
-    worker's reply); or what was raised, as text. ``additional`` is editserver's configuration as a dict.
+    ``steps`` are lists of requests (one batch; the answers are their result), :data:`PREEMPTIONS`, and names of methods of
+    every worker (each worker's reply); or what was raised, as text. ``additional`` is editserver's configuration as a dict.
     """
 
     model: str
@@ -130,6 +138,20 @@ class Extension:
         _RECORDED.clear()
         return found
 
+    def note_drafts(self) -> None:
+        """Count the tokens that are drafted for requests, from now on."""
+        execute = self.model_runner.execute_model
+
+        def executing(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            _DRAFTED.append(sum(map(len, scheduled.scheduled_spec_decode_tokens.values())))
+            return execute(scheduled, *args, **kwargs)
+
+        self.model_runner.execute_model = executing
+
+    def drafted(self) -> list[int]:
+        """Steps with drafts, and their tokens."""
+        return [sum(map(bool, _DRAFTED)), sum(_DRAFTED)]
+
     def prove(self) -> bool:
         """What the worker did at its start, once more."""
         from editserver.engine import op
@@ -205,6 +227,7 @@ class Extension:
 
 _DISTORTIONS: list[Any] = []
 _RECORDED: list[bytes] = []
+_DRAFTED: list[int] = []
 _WATCHED: dict[int, list[Any]] = {}
 
 
@@ -254,13 +277,19 @@ def _serve(start: Start) -> list[Any]:
             )
             for one in step
         ]
+        if any(one.leaves_after for one in step):
+            return [answer_from(output) for output in _until_they_leave(llm.llm_engine, step, prompts, params)]
         lora = [adapter(one.adapter) for one in step] if any(one.adapter for one in step) else None
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
         return [answer_from(output) for output in outputs]
 
+    preempted = _count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
     for step in start.steps:
         try:
-            results.append(llm.collective_rpc(step) if isinstance(step, str) else answers(step))
+            if step == PREEMPTIONS:
+                results.append(len(preempted))
+            else:
+                results.append(llm.collective_rpc(step) if isinstance(step, str) else answers(step))
         except Exception as error:
             results.append(f"{type(error).__name__}: {error}")
             llm.llm_engine.abort_request(list(llm.llm_engine.output_processor.request_states), internal=True)
@@ -268,10 +297,40 @@ def _serve(start: Start) -> list[Any]:
     return results
 
 
+def _until_they_leave(engine: Any, step: Sequence[Asked], prompts: Sequence[Any], params: Sequence[Any]) -> list[Any]:
+    """One batch; the last output of each request, of one whose client left the one it left at."""
+    for name, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+        engine.add_request(str(name), prompt, sampling)
+    last: dict[str, Any] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            last[output.request_id] = output
+            after = step[int(output.request_id)].leaves_after
+            if after is not None and not output.finished and len(output.outputs[0].token_ids) >= after:
+                engine.abort_request([output.request_id])
+    return [last[str(name)] for name in range(len(step))]
+
+
+def _count_preemptions(scheduler: Any) -> list[str]:
+    """Ids of the requests that ``scheduler`` preempts from now on, as it does."""
+    found: list[str] = []
+    preempt = scheduler._preempt_request
+
+    def preempting(request: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempting
+    return found
+
+
 def answer_from(output: Any) -> Answered:
     choice = output.outputs[0]
     top = [{token: entry.logprob for token, entry in step.items()} for step in choice.logprobs]
-    return Answered(list(choice.token_ids), top, output.num_cached_tokens or 0, getattr(choice, "editserver", None))
+    journal, error = getattr(choice, "editserver", None), None
+    if journal is not None and journal.error is not None:
+        error, journal.error = (journal.error.code, journal.error.message), None  # what a pickle can carry
+    return Answered(list(choice.token_ids), top, output.num_cached_tokens or 0, journal, error)
 
 
 def _main(given: Path, out: Path) -> None:

@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 
 from editserver.api.plugin import HandshakeError, check_handshake
 from editserver.engine.compat.core import STAGED
-from tests.engine.engine_process import BLOCK, Answered, Start, run
+from tests.engine.engine_process import BLOCK, PREEMPTIONS, Answered, Asked, Start, run
 from tests.engine.tiny import write_model
 from tests.engine.tiny_cases import STEER, Bench, Made, features, prompt_of
 
@@ -150,6 +152,26 @@ def test_a_rank_that_fails_fails_the_engine_though_another_one_answers(two_ranks
     assert isinstance(two_ranks["broken"], str), "what was raised"
 
 
+def test_two_ranks_that_speculate_answer_as_the_reference_does(
+    model: Path, bench: Bench, cases: dict[str, Made], tmp_path: Path
+) -> None:
+    made = {name: replace(one, asked=replace(one.asked, max_tokens=24)) for name, one in cases.items()}
+    ngrams = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    steps = ["running", "record", "note_drafts", [one.asked for one in made.values()], "records_digest", "drafted"]
+    engine = {"tensor_parallel_size": 2, "speculative_config": ngrams}
+    ((running, _, _, answers, records, drafts),) = run(
+        [Start(str(model), bench.config.as_dict(), steps, engine)], tmp_path
+    )
+    assert running == [list(RUNNERS["V1"])] * 2
+    for (name, one), answered in zip(made.items(), answers, strict=True):
+        bench.assert_answered(one, answered, name)
+    assert records[0] == records[1]
+    assert drafts[0] == drafts[1]
+    steps_with_drafts, tokens = drafts[0]
+    assert steps_with_drafts >= 5, "hardly anything was drafted"
+    assert tokens >= 20, "hardly anything was drafted"
+
+
 # -- pipelines ------------------------------------------------------------------------------------------------------
 
 ALONE = ((1, "thresholds"), (2, "steer"))
@@ -238,6 +260,121 @@ def test_a_stage_without_an_armed_layer_hands_on_what_others_record(
         check_handshake(bench.config, found["handshake"], stages=2)
     for name, answered in zip(("plain", case), found["answers"], strict=True):
         bench.assert_answered(staged[name], answered, name)
+
+
+LONG = 40
+"""Tokens of long answers; with their prompts they need three blocks."""
+NEIGHBOURS = ("plain", "both")
+"""Cases that run beside a request that is refused."""
+DOSED = {"first": "thresholds", "last": "steer"}
+"""Stage → a case that is edited there alone, and may exceed a dose there."""
+
+
+def _dosed(made: Made, refused: bool) -> Asked:
+    """The case's request, long, with a dose that all its edits exceed and a server that refuses that; or that clamps it."""
+    assert made.compiled.program is not None
+    program = msgspec.structs.replace(made.compiled.program, max_dose=1e-6, refuse_over_dose=refused)
+    return replace(made.asked, payload=replace(made.compiled, program=program).payload().to_bytes(), max_tokens=LONG)
+
+
+@pytest.fixture(scope="module")
+def stages_at_work(
+    model: Path, bench: Bench, staged: dict[str, Made], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Two compiled stages with several batches on their way and a KV cache of 14 blocks, for requests that need 18: long
+    answers of three at a time, of all at once, and while the clients of some leave and others are refused."""
+    long = {name: replace(made.asked, max_tokens=LONG) for name, made in staged.items()}
+    leaving = [replace(one, leaves_after=3 + 5 * i) if i % 2 else one for i, one in enumerate(long.values())]
+    doses = [_dosed(staged[case], refused) for case in DOSED.values() for refused in (True, False)]
+    steps: dict[str, Any] = {
+        "running": "running",
+        "answers": [made.asked for made in staged.values()],
+        "first": list(long.values())[:3],
+        "others": list(long.values())[3:],
+        "at ease": PREEMPTIONS,
+        "crowded": [replace(one, salt="crowded") for one in long.values()],
+        "under pressure": PREEMPTIONS,
+        "leaving": [replace(one, salt="leaving") for one in leaving],
+        "doses": [*doses, *(long[name] for name in NEIGHBOURS)],
+        "behind it all": [made.asked for made in staged.values()],
+    }
+    engine = {"pipeline_parallel_size": 2, "num_gpu_blocks_override": 14, "enforce_eager": False}
+    start = Start(str(model), bench.config.as_dict(), list(steps.values()), engine)
+    (found,) = run([start], tmp_path_factory.mktemp("work"), v2=True)
+    by_step = dict(zip(steps, found, strict=True))
+    return by_step | {"alone": dict(zip(long, by_step["first"] + by_step["others"], strict=True))}
+
+
+def _assert_same(made: Made, one: Answered, other: Answered, name: str) -> None:
+    """Tokens, log-probabilities, receipts and readings of every token that ``one`` has."""
+    n, fed = len(one.tokens), len(made.asked.prompt) + len(one.tokens) - 1
+    assert one.tokens == other.tokens[:n], name
+    for a, b in zip(one.top, other.top, strict=False):
+        assert max(abs(a[token] - b[token]) for token in a.keys() & b.keys()) < 1e-3, name
+    if one.journal is None or other.journal is None:
+        assert one.journal is other.journal
+        return
+    first = max(one.journal.computed_from, other.journal.computed_from)
+    assert one.journal.covers(first, fed), name
+    for at in made.compiled.program.layers if made.compiled.program else ():
+        mine, theirs = (a.journal.fired(at.layer, first, fed) for a in (one, other) if a.journal)
+        assert np.array_equal(mine, theirs), (name, at.layer)
+        assert mine.any(), (name, at.layer)
+    for number in range(len(made.compiled.reads)):
+        seen, due = (a.journal.readings(number, first, fed) for a in (one, other) if a.journal)
+        assert [(at, [i for i, _ in pairs]) for at, pairs in seen] == [(at, [i for i, _ in pairs]) for at, pairs in due]
+
+
+def test_compiled_stages_answer_as_the_reference_does(
+    stages_at_work: dict[str, Any], bench: Bench, staged: dict[str, Made]
+) -> None:
+    assert stages_at_work["running"] == [["vllm.v1.worker.cpu.model_runner", "EngineWorker"]] * 2
+    for (name, made), answered in zip(staged.items(), stages_at_work["answers"], strict=True):
+        bench.assert_answered(made, answered, name)
+
+
+def test_requests_that_stages_preempt_come_back_with_their_edits(
+    stages_at_work: dict[str, Any], staged: dict[str, Made]
+) -> None:
+    assert stages_at_work["at ease"] == 0
+    assert stages_at_work["under pressure"] > 0, "nothing was preempted: the test proves nothing"
+    for (name, made), crowded in zip(staged.items(), stages_at_work["crowded"], strict=True):
+        assert len(crowded.tokens) == LONG
+        _assert_same(made, crowded, stages_at_work["alone"][name], name)
+
+
+def test_clients_that_leave_a_pipeline_leave_the_others_as_they_are(
+    stages_at_work: dict[str, Any], staged: dict[str, Made]
+) -> None:
+    gone = 0
+    for i, (name, made) in enumerate(staged.items()):
+        answered = stages_at_work["leaving"][i]
+        gone += len(answered.tokens) < LONG
+        _assert_same(made, answered, stages_at_work["alone"][name], name)
+        _assert_same(made, stages_at_work["behind it all"][i], stages_at_work["alone"][name], name)
+    assert gone == len(staged) // 2
+
+
+def test_a_dose_that_one_stage_refuses_ends_that_request_alone(
+    stages_at_work: dict[str, Any], staged: dict[str, Made]
+) -> None:
+    answered = stages_at_work["doses"]
+    for case, (refused, clamped) in zip(DOSED.values(), (answered[:2], answered[2:4]), strict=True):
+        made = staged[case]
+        assert made.compiled.program is not None
+        (at,) = made.compiled.program.layers
+        assert refused.error is not None
+        assert refused.error[0] == "dose_exceeded"
+        assert f"at layer {at.layer}, position 1 " in refused.error[1]
+        assert len(refused.tokens) <= 1
+        assert clamped.error is None
+        assert len(clamped.tokens) == LONG
+        n_fed = len(made.asked.prompt) + LONG - 1
+        stats = clamped.journal.stats(0, at.layer, n_fed)
+        assert stats.clamped == stats.fired > 0
+        assert stats.dose_max < 2e-6
+    for name, one in zip(NEIGHBOURS, answered[4:], strict=True):
+        _assert_same(staged[name], one, stages_at_work["alone"][name], name)
 
 
 def _difference(one: Answered, other: Answered) -> float:

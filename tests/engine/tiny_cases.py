@@ -130,8 +130,8 @@ class Bench:
     def assert_answered(self, made: Made, answered: Answered, name: str) -> None:
         """Tokens, log-probabilities, receipts, readings and decisions are the reference's."""
         payload = made.compiled.payload()
-        n = len(made.asked.prompt)
-        expected = self.reference.generate(made.asked.prompt, payload, max_tokens=N_NEW)
+        n, n_new = len(made.asked.prompt), made.asked.max_tokens
+        expected = self.reference.generate(made.asked.prompt, payload, max_tokens=n_new)
         assert answered.tokens == expected.token_ids, name
         for step, top in zip(expected.logprobs, answered.top, strict=True):
             assert max(abs(float(step[token]) - value) for token, value in top.items()) < LOGPROB_TOLERANCE, name
@@ -139,7 +139,7 @@ class Bench:
         if made.asked.payload is None:
             assert journal is None
             return
-        n_fed = n + N_NEW - 1
+        n_fed = n + n_new - 1
         assert journal.covers(journal.computed_from, n_fed), name
         for at in program.layers if program else ():
             for entry in range(len(made.compiled.entries)):
