@@ -10,21 +10,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tests.engine.engine_process import BLOCK, answer_from
 from tests.engine.tiny import write_model
 from tests.engine.tiny_cases import Bench, Made
 
 
 async def _main(root: Path) -> None:
-    from transformers import AutoModelForCausalLM
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     model = write_model(root / "model")
-    bench = Bench(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), root)
+    bench = Bench.of(model, root)
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             str(model),

@@ -53,6 +53,11 @@ class Answered:
     error: tuple[str, str] | None = None
     """Code and message of what ended the request."""
 
+    def differs(self, other: Answered) -> float:
+        """Largest difference of a log-probability at the first step."""
+        mine, theirs = self.top[0], other.top[0]
+        return max((abs(mine[t] - theirs[t]) for t in mine.keys() & theirs.keys()), default=float("inf"))
+
 
 @dataclass(frozen=True)
 class Start:

@@ -70,6 +70,13 @@ class Bench:
         self.saes = saes
         self.reference = ReferenceExecutor(model, {sae.digest: sae for sae in saes.values()})
 
+    @classmethod
+    def of(cls, model: Path, folder: Path) -> Bench:
+        """Of the checkpoint in ``model``, in float32."""
+        from transformers import AutoModelForCausalLM
+
+        return cls(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), folder)
+
     def activations(self, prompt: Sequence[int], sae: str) -> np.ndarray:
         """float32 ``[tokens, latents]`` of the unedited model."""
         layer = self.saes[sae].hook.layer
