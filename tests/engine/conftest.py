@@ -13,6 +13,8 @@ from sae_weights.formats import Hints, Origin, save_native
 from tests.engine.dictionaries import ARCHITECTURES, THRESHOLD, WHOLE, random_sae, write_native, write_sae
 from tests.engine.lab import Lab
 from tests.engine.support import Engine
+from tests.engine.tiny import write_model
+from tests.engine.tiny_cases import Bench, Made
 
 LAYERS = (0, 15, 29)
 
@@ -74,3 +76,21 @@ def lab(engine: Engine) -> Iterator[Lab]:
     lab = Lab(engine)
     yield lab
     print("\nfp32 eager, largest |Δ log p| from the run alone:", lab.worst)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's checkpoint, for engines in processes of their own."""
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def bench(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Dictionaries and the reference for the tiny model."""
+    return Bench.of(tiny, tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def cases(bench: Bench) -> dict[str, Made]:
+    """A request of every machinery for the tiny model, by name."""
+    return bench.cases()

@@ -283,6 +283,7 @@ def _serve(start: Start) -> list[Any]:
             for one in step
         ]
         if any(one.leaves_after for one in step):
+            assert not any(one.adapter for one in step), "not made for adapters"
             return [answer_from(output) for output in _until_they_leave(llm.llm_engine, step, prompts, params)]
         lora = [adapter(one.adapter) for one in step] if any(one.adapter for one in step) else None
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)

@@ -12,25 +12,9 @@ from typing import Any
 import pytest
 
 from tests.engine.engine_process import BLOCK, Answered, Start, run
-from tests.engine.tiny import write_model
 from tests.engine.tiny_cases import Bench, Made
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def bench(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench.of(model, tmp_path_factory.mktemp("bench"))
-
-
-@pytest.fixture(scope="module")
-def cases(bench: Bench) -> dict[str, Made]:
-    return bench.cases()
 
 
 RUNNERS = {
@@ -45,7 +29,7 @@ AGAIN = ("thresholds", "inspect")
 @pytest.fixture(scope="module", params=RUNNERS)
 def two_ranks(
     request: pytest.FixtureRequest,
-    model: Path,
+    tiny: Path,
     bench: Bench,
     cases: dict[str, Made],
     tmp_path_factory: pytest.TempPathFactory,
@@ -81,7 +65,7 @@ def two_ranks(
         "broken": [plain, steer],
     }
     config = replace(bench.config, engine="device" if engine == "DeviceWorker" else "auto")
-    start = Start(str(model), config.as_dict(), list(steps.values()), {"tensor_parallel_size": 2})
+    start = Start(str(tiny), config.as_dict(), list(steps.values()), {"tensor_parallel_size": 2})
     (found,) = run([start], tmp_path_factory.mktemp("two"), v2=request.param != "V1")
     return {"runner": [module, engine], "again": names} | dict(zip(steps, found, strict=True))
 
@@ -142,14 +126,14 @@ def test_a_rank_that_fails_fails_the_engine_though_another_one_answers(two_ranks
 
 
 def test_two_ranks_that_speculate_answer_as_the_reference_does(
-    model: Path, bench: Bench, cases: dict[str, Made], tmp_path: Path
+    tiny: Path, bench: Bench, cases: dict[str, Made], tmp_path: Path
 ) -> None:
     made = {name: replace(one, asked=replace(one.asked, max_tokens=24)) for name, one in cases.items()}
     ngrams = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     steps = ["running", "record", "note_drafts", [one.asked for one in made.values()], "records_digest", "drafted"]
     engine = {"tensor_parallel_size": 2, "speculative_config": ngrams}
     ((running, _, _, answers, records, drafts),) = run(
-        [Start(str(model), bench.config.as_dict(), steps, engine)], tmp_path
+        [Start(str(tiny), bench.config.as_dict(), steps, engine)], tmp_path
     )
     assert running == [list(RUNNERS["V1"])] * 2
     for (name, one), answered in zip(made.items(), answers, strict=True):
